@@ -1,0 +1,54 @@
+"""Context: the workload, the backend and the places to report to, handed to every part of the benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import edgellm_cupy as ec
+
+from ..formats.checkpoint import Checkpoint
+
+
+class WrongResultError(ec.EdgeLLMError):
+    """A kernel's result differs from the reference: its speed must not be reported. The command ends with 4."""
+
+
+def _silent(message: str) -> None:
+    """Progress of a run that nobody watches."""
+
+
+@dataclass
+class Context:
+    """One run.
+
+    Attributes:
+        checkpoint: configuration and host weights of the workload.
+        no_gpu: why there is no GPU to measure, in one line; None when `backend` is ``"cuda"``.
+        quick: shorter windows and fewer samples, for a first look; reports say so.
+        progress: called with a line for each step that begins.
+        failures: one line for each kernel that failed its check against the reference.
+    """
+
+    checkpoint: Checkpoint
+    no_gpu: str | None
+    quick: bool = False
+    progress: Callable[[str], None] = _silent
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def backend(self) -> str:
+        """``"cuda"`` or ``"numpy"``."""
+        return "numpy" if self.no_gpu else "cuda"
+
+    @property
+    def config(self) -> ec.ModelConfig:
+        return self.checkpoint.config
+
+    @cached_property
+    def model(self) -> Any:
+        """The workload's decoder on this run's backend, built once: every part measures the same model."""
+        transformer = ec.reference.TernaryTransformer if self.no_gpu else ec.TernaryTransformer
+        return transformer(self.checkpoint)

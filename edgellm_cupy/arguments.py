@@ -1,0 +1,140 @@
+"""The one place that checks the arguments of the public operations, for CuPy arrays and for the NumPy reference.
+
+Each check runs before anything is allocated or launched, and each message names the argument, what was expected and
+what came. The checks are on the path of every call, so they compare attributes and touch no array data.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from .errors import ArgumentTypeError, ArgumentValueError
+from .formats.ternary import TernaryWeight
+
+FLOAT16 = np.dtype(np.float16)
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FLOAT32 = np.dtype(np.float32)
+DTYPES = (FLOAT16, BFLOAT16, FLOAT32)
+ACTIVATIONS = ("float", "int8")
+STRATEGIES = ("adaptive", "streaming", "separate")
+
+
+def check_rmsnorm(array_type: type, x: Any, gamma: Any, eps: float, out: Any) -> None:
+    """Arguments of `rmsnorm`. `array_type` is ``cupy.ndarray`` or ``numpy.ndarray``."""
+    _check_activations(array_type, x)
+    _check_gamma(array_type, x, gamma, eps)
+    if out is not None:
+        _check_result(array_type, "out", out, x.shape, DTYPES)
+        _check_no_overlap(array_type, out, (("x", x), ("gamma", gamma)))
+    _check_devices(array_type, (("x", x), ("gamma", gamma), ("out", out)))
+
+
+def check_ternary_matmul(array_type: type, x: Any, W: Any, activation: str, residual: Any, out: Any) -> None:
+    """Arguments of `ternary_matmul`, and the part of `rmsnorm_ternary_matmul` that it shares."""
+    _check_activations(array_type, x)
+    _check_weight(array_type, x, W)
+    if activation not in ACTIVATIONS:
+        raise ArgumentValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    shape = (*x.shape[:-1], W.shape[0])
+    if residual is not None:
+        _check_result(array_type, "residual", residual, shape, (x.dtype,))
+    if out is not None:
+        _check_result(array_type, "out", out, shape, DTYPES)
+        _check_no_overlap(array_type, out, (("x", x),))
+        if residual is not None and not (
+            out.dtype == residual.dtype and _address(array_type, out) == _address(array_type, residual)
+        ):
+            _check_no_overlap(array_type, out, (("residual", residual),))
+    _check_devices(array_type, (("x", x), ("W", W.packed), ("residual", residual), ("out", out)))
+
+
+def check_rmsnorm_ternary_matmul(
+    array_type: type, x: Any, gamma: Any, W: Any, eps: float, activation: str, residual: Any, strategy: str, out: Any
+) -> None:
+    """Arguments of `rmsnorm_ternary_matmul`."""
+    check_ternary_matmul(array_type, x, W, activation, residual, out)
+    _check_gamma(array_type, x, gamma, eps)
+    if out is not None:
+        _check_no_overlap(array_type, out, (("gamma", gamma),))
+    _check_devices(array_type, (("x", x), ("gamma", gamma)))
+    if strategy not in STRATEGIES:
+        raise ArgumentValueError(f"strategy is {strategy!r}, expected one of {', '.join(STRATEGIES)}")
+
+
+# ---- one argument each ----------------------------------------------------------------------------------------------
+
+
+def _check_array(array_type: type, name: str, a: Any, dtypes: tuple[Any, ...]) -> None:
+    if not isinstance(a, array_type):
+        library = array_type.__module__.split(".")[0]
+        raise ArgumentTypeError(
+            f"{name}: expected a {'CuPy' if library == 'cupy' else 'NumPy'} array, got "
+            f"{type(a).__module__}.{type(a).__name__}"
+            + (" (PyTorch and JAX arrays come in through cupy.from_dlpack)" if library == "cupy" else "")
+        )
+    if a.dtype not in dtypes:
+        raise ArgumentTypeError(f"{name}.dtype is {a.dtype}, expected {' or '.join(str(d) for d in dtypes)}")
+    if not a.flags.c_contiguous:
+        raise ArgumentValueError(f"{name} is not C-contiguous (shape {a.shape}, strides {a.strides})")
+
+
+def _check_activations(array_type: type, x: Any) -> None:
+    _check_array(array_type, "x", x, DTYPES)
+    if x.ndim not in (1, 2) or 0 in x.shape:
+        raise ArgumentValueError(f"x.shape is {x.shape}, expected [K] or [N, K] with N, K >= 1")
+
+
+def _check_gamma(array_type: type, x: Any, gamma: Any, eps: float) -> None:
+    _check_array(array_type, "gamma", gamma, (FLOAT32,) if x.dtype == FLOAT32 else (FLOAT32, x.dtype))
+    if gamma.shape != x.shape[-1:]:
+        raise ArgumentValueError(f"gamma.shape is {gamma.shape}, but x.shape[-1] is K = {x.shape[-1]}")
+    if not isinstance(eps, (int, float, np.floating, np.integer)) or isinstance(eps, bool):
+        raise ArgumentTypeError(f"eps: expected a number, got {type(eps).__name__}")
+    if not (eps >= 0 and math.isfinite(eps)):
+        raise ArgumentValueError(f"eps is {eps}, expected a finite number >= 0")
+
+
+def _check_weight(array_type: type, x: Any, W: Any) -> None:
+    if not isinstance(W, TernaryWeight):
+        raise ArgumentTypeError(f"W: expected a TernaryWeight, got {type(W).__module__}.{type(W).__name__}")
+    if not isinstance(W.packed, array_type):
+        where, method = ("host", "to_device") if not W.on_device else ("device", "to_host")
+        raise ArgumentTypeError(
+            f"W is a {where} weight, but x is a {array_type.__module__} array: call W.{method}() first"
+        )
+    if W.shape[1] != x.shape[-1]:
+        raise ArgumentValueError(f"x.shape[-1] is {x.shape[-1]}, but the weight has K = {W.shape[1]}")
+
+
+def _check_result(array_type: type, name: str, a: Any, shape: tuple[int, ...], dtypes: tuple[Any, ...]) -> None:
+    _check_array(array_type, name, a, dtypes)
+    if a.shape != shape:
+        raise ArgumentValueError(f"{name}.shape is {a.shape}, expected {shape}")
+
+
+def _address(array_type: type, a: Any) -> int:
+    return int(a.ctypes.data if array_type is np.ndarray else a.data.ptr)
+
+
+def _check_no_overlap(array_type: type, out: Any, inputs: tuple[tuple[str, Any], ...]) -> None:
+    """Other blocks still read the inputs while the first results are written."""
+    start = _address(array_type, out)
+    for name, a in inputs:
+        begin = _address(array_type, a)
+        if begin < start + out.nbytes and start < begin + a.nbytes:
+            raise ArgumentValueError(f"out overlaps {name} in memory, expected separate memory")
+
+
+def _check_devices(array_type: type, arrays: tuple[tuple[str, Any], ...]) -> None:
+    if array_type is np.ndarray:
+        return
+    import cupy
+
+    current = cupy.cuda.runtime.getDevice()
+    for name, a in arrays:
+        if a is not None and a.data.device_id != current:
+            raise ArgumentValueError(f"{name} is on device {a.data.device_id}, but the current device is {current}")

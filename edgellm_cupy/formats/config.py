@@ -1,0 +1,156 @@
+"""ModelConfig: the numbers that define a decoder, from a preset or from a JSON file of the user's own."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import ArgumentValueError, CheckpointError
+
+_FIELD_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Llama-class decoder whose four projections a layer are ternary.
+
+    Attributes:
+        name: what reports call it.
+        num_layers, hidden_size, intermediate_size, vocab_size: the usual sizes.
+        num_heads, num_kv_heads: query heads and key/value heads (grouped-query attention).
+        head_dim: features of a head; even, because rotary embedding turns pairs.
+        gated: True: down(silu(gate) * up); False: down(silu(up)).
+        rope_theta: base of the rotary embedding, which turns the two halves of a head against each other.
+        rms_eps: epsilon of every RMSNorm.
+        max_context: tokens that the model was made for; longer contexts run, and are marked as synthetic.
+    """
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    gated: bool = True
+    rope_theta: float = 1e4
+    rms_eps: float = 1e-5
+    max_context: int = 2048
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            expected = _FIELD_TYPES[str(f.type)]
+            if not isinstance(value, expected) or (f.type != "bool" and isinstance(value, bool)):
+                raise ArgumentValueError(f"{f.name} is {value!r}, expected {f.type}")
+            if f.type == "int" and value < 1:
+                raise ArgumentValueError(f"{f.name} is {value}, expected at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ArgumentValueError(
+                f"num_kv_heads is {self.num_kv_heads}, expected a divisor of num_heads = {self.num_heads}"
+            )
+        if self.head_dim % 2 or self.head_dim > 256:
+            raise ArgumentValueError(f"head_dim is {self.head_dim}, expected an even number up to 256")
+        if not (0 <= self.rms_eps < math.inf and 0 < self.rope_theta < math.inf):
+            raise ArgumentValueError(
+                f"rms_eps is {self.rms_eps} and rope_theta {self.rope_theta}, expected finite numbers >= 0 and > 0"
+            )
+
+    # ---- derived shapes ---------------------------------------------------------------------------------------------
+
+    @property
+    def q_rows(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_rows(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    def products(self) -> dict[str, tuple[int, int]]:
+        """(M, K) of the four ternary products of one layer, in the order in which they run."""
+        up = self.intermediate_size * (2 if self.gated else 1)
+        return {
+            "qkv": (self.q_rows + 2 * self.kv_rows, self.hidden_size),
+            "out": (self.hidden_size, self.q_rows),
+            "gate_up" if self.gated else "up": (up, self.hidden_size),
+            "down": (self.hidden_size, self.intermediate_size),
+        }
+
+    # ---- where one comes from ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def preset(cls, name: str) -> ModelConfig:
+        """A named configuration: one of :data:`PRESETS`.
+
+        Raises:
+            ArgumentValueError: no such preset; the message lists them.
+        """
+        if name not in PRESETS:
+            raise ArgumentValueError(f"no model preset {name!r}, expected one of {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "values") -> ModelConfig:
+        """From a dictionary with the attributes as keys; `source` is named in errors.
+
+        Raises:
+            CheckpointError: an unknown or missing key, or a value that makes no model.
+        """
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{source}: expected a JSON object with the fields of ModelConfig")
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise CheckpointError(f"{source}: unknown model field {unknown[0]!r}, expected {', '.join(sorted(known))}")
+        required = [f.name for f in fields(cls) if f.default is MISSING]
+        if missing := [name for name in required if name not in values]:
+            raise CheckpointError(f"{source}: the model field {missing[0]!r} is missing")
+        try:
+            return cls(**values)
+        except ArgumentValueError as e:
+            raise CheckpointError(f"{source}: {e}") from e
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> ModelConfig:
+        """From a JSON file that holds one object with the attributes as keys (see :meth:`to_dict`).
+
+        Raises:
+            CheckpointError: the file is missing, is not JSON, or makes no model.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as e:
+            raise CheckpointError(f"{path}: not a readable JSON file: {e}") from e
+        return cls.from_dict(values, str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+PRESETS = {
+    "smollm-135m": ModelConfig(
+        name="smollm-135m",
+        num_layers=30,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        vocab_size=49152,
+    ),
+    # The original notebook's shapes made a model: every head has its own keys and values, the FFN has no gate.
+    "smollm-135m-notebook": ModelConfig(
+        name="smollm-135m-notebook",
+        num_layers=9,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_heads=9,
+        num_kv_heads=9,
+        head_dim=64,
+        vocab_size=49152,
+        gated=False,
+    ),
+}

@@ -1,0 +1,17 @@
+"""From `.cu` text to a callable: source -> spec -> nvrtc (no device) -> loader. Nothing here knows about LLMs."""
+
+from .loader import Graph, Kernel, KernelInfo, LaunchCounter, capture, count_launches, load, loaded
+from .spec import KernelSpec, Launch
+
+__all__ = [
+    "Graph",
+    "Kernel",
+    "KernelInfo",
+    "KernelSpec",
+    "Launch",
+    "LaunchCounter",
+    "capture",
+    "count_launches",
+    "load",
+    "loaded",
+]

@@ -1,0 +1,51 @@
+"""KernelSpec and Launch: what to compile and how to start it, as plain values that need no device."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+from .source import expand
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One specialisation of one kernel file.
+
+    Attributes:
+        file: a file of kernels_cu, such as ``"ternary_matmul.cu"``.
+        macros: the -D macros that its shell asks for, in a fixed order. KERNEL_NAME is added here.
+    """
+
+    file: str
+    macros: tuple[tuple[str, str], ...] = ()
+
+    @cached_property
+    def name(self) -> str:
+        """Unique C identifier; profilers and reports show it."""
+        values = "_".join(re.sub(r"\W+", "", value) for _, value in self.macros)
+        return "edgellm_" + self.file.removesuffix(".cu") + (f"_{values}" if values else "")
+
+    def source(self) -> str:
+        """The translation unit, without the macros."""
+        return expand(self.file)
+
+    def defines(self) -> tuple[tuple[str, str], ...]:
+        """Every macro, KERNEL_NAME included."""
+        return (*self.macros, ("KERNEL_NAME", self.name))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A specialisation with its launch configuration.
+
+    Attributes:
+        grid, block: blocks and threads, (x, y, z).
+        shared_bytes: dynamic shared memory of a block.
+    """
+
+    spec: KernelSpec
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int = 0

@@ -1,0 +1,1 @@
+"""Whole decoders on the GPU."""

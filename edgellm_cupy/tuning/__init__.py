@@ -1,0 +1,23 @@
+"""Device facts -> launch configuration, as pure functions that need no device."""
+
+from __future__ import annotations
+
+from ..formats.config import PRESETS
+from ..kernels.spec import KernelSpec
+from .decoder import decoder_specs
+from .product import product_specs
+
+FLOOR_THREADS = (256, 512, 1024)
+"""Block sizes of the benchmark's floor kernel."""
+
+
+def floor_spec(threads: int) -> KernelSpec:
+    """read_floor.cu: the benchmark's yardstick."""
+    return KernelSpec("read_floor.cu", (("THREADS", str(threads)),))
+
+
+def specialisations() -> tuple[KernelSpec, ...]:
+    """Every kernel specialisation that dispatch can reach, for the products and for the presets' decoders."""
+    specs = [*product_specs(), *(spec for config in PRESETS.values() for spec in decoder_specs(config))]
+    specs += [floor_spec(threads) for threads in FLOOR_THREADS]
+    return tuple(dict.fromkeys(specs))

@@ -1,0 +1,188 @@
+"""Launch configurations of the ternary product: pure functions of (problem, device).
+
+`product_launch` chooses; `product_specs` lists everything that it can choose, from the same tables. Set
+EDGELLM_PRINT_CONFIG=1 to see each choice once, on stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+from ..formats.packing import chunks
+from ..kernels.spec import KernelSpec, Launch
+from .device import DeviceFacts
+
+X_TYPES = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float", "int8": "signed char"}
+"""C++ type of x by dtype name; int8 stands for activations that rmsnorm_quantise.cu has quantised."""
+
+NORM_THREADS = 256  # block of rmsnorm.cu and rmsnorm_quantise.cu
+STREAMING_TOKENS = 8
+"""Up to this many tokens "adaptive" norms them inside the product; beyond, each token is normed once, before it."""
+
+_STATIC_SHARED_BYTES = 2048  # reserved for the static shared memory of every specialisation
+
+
+@dataclass(frozen=True)
+class ProductConfig:
+    """The compile-time shape of a product kernel; kernels_cu/include/ternary_product.cuh draws it."""
+
+    tokens: int
+    lanes: int
+    rows: int
+    ahead: int
+    threads: int = 256
+
+    @property
+    def step(self) -> int:
+        """64-code chunks of a row that one step covers."""
+        return self.lanes * self.ahead
+
+    @property
+    def tile(self) -> int:
+        """Rows of a tile."""
+        return self.threads // self.lanes * self.rows
+
+
+# One token: by the chunks of a row. A group of lanes should not be wider than the row is long.
+_ONE_TOKEN_SHORT = ProductConfig(1, 16, 1, 1)
+_ONE_TOKEN_MEDIUM = ProductConfig(1, 32, 1, 1)
+_ONE_TOKEN_WIDE = ProductConfig(1, 32, 2, 1)
+_ONE_TOKEN_LONG = ProductConfig(1, 32, 2, 2)
+# More: the rows share each word of weights among the tokens, so that fewer rows keep the registers within bounds.
+_MORE_TOKENS = {n: (ProductConfig(n, 16, 1, 1), ProductConfig(n, 32, 1 if n == 8 else 2, 1)) for n in (2, 4, 8)}
+
+CONFIGS = (
+    _ONE_TOKEN_SHORT,
+    _ONE_TOKEN_MEDIUM,
+    _ONE_TOKEN_WIDE,
+    _ONE_TOKEN_LONG,
+    *(config for pair in _MORE_TOKENS.values() for config in pair),
+)
+
+
+@dataclass(frozen=True)
+class ProductLaunch:
+    """A launch of the product, with the two numbers that its kernel takes beside the problem.
+
+    Attributes:
+        slice_steps: steps whose activations lie in shared memory at a time.
+        pitch: 16-byte pieces from one piece of a chunk's activations to the next.
+    """
+
+    launch: Launch
+    config: ProductConfig
+    slice_steps: int
+    pitch: int
+
+
+def choose_config(m: int, n: int, k: int, device: DeviceFacts) -> ProductConfig:
+    """The kernel shape for y[n, m] over k features."""
+    row = chunks(k)
+    if n > 1:
+        tokens = 2 if n == 2 else 4 if n <= 4 else 8
+        return _MORE_TOKENS[tokens][0 if row <= 16 else 1]
+    if row <= 16:
+        return _ONE_TOKEN_SHORT
+    if m < 16 * device.multiprocessors:
+        return _ONE_TOKEN_MEDIUM
+    return _ONE_TOKEN_WIDE if row < 64 else _ONE_TOKEN_LONG
+
+
+def product_spec(x_dtype: str, norm: bool, activation: str, config: ProductConfig) -> KernelSpec:
+    """The specialisation for one kernel shape."""
+    return KernelSpec(
+        "rmsnorm_ternary_matmul.cu" if norm else "ternary_matmul.cu",
+        (
+            ("X_T", X_TYPES[x_dtype]),
+            ("INT8", "1" if activation == "int8" else "0"),
+            ("TOKENS", str(config.tokens)),
+            ("LANES", str(config.lanes)),
+            ("ROWS", str(config.rows)),
+            ("AHEAD", str(config.ahead)),
+            ("THREADS", str(config.threads)),
+        ),
+    )
+
+
+@cache
+def product_launch(
+    m: int,
+    n: int,
+    k: int,
+    x_dtype: str,
+    norm: bool,
+    activation: str,
+    device: DeviceFacts,
+    config: ProductConfig | None = None,
+) -> ProductLaunch:
+    """The launch for y[n, m] over k features; `config` overrides the choice (for tuning)."""
+    config = config or choose_config(m, n, k, device)
+    int8 = activation == "int8"
+    row = chunks(k)
+    steps = -(-row // config.step)
+    limit = device.block_shared_bytes - _STATIC_SHARED_BYTES
+
+    def pitch_of(staged_chunks: int) -> int:
+        # int8 is written in words of 4 bytes, four to a piece: pitch = 2 mod 4 spreads them over the banks; float32 is
+        # written in whole pieces, which an odd pitch spreads.
+        return staged_chunks + (2 - staged_chunks) % 4 if int8 else staged_chunks | 1
+
+    def bytes_of(staged_chunks: int) -> int:
+        return config.tokens * (4 if int8 else 16) * pitch_of(staged_chunks) * 16
+
+    slice_steps = steps
+    if bytes_of(row) > limit:
+        # Three more pieces a chunk than the pitch can add, so the estimate never exceeds the limit.
+        slice_steps = max((limit // (config.tokens * (4 if int8 else 16) * 16) - 3) // config.step, 1)
+    staged = min(row, slice_steps * config.step)
+    shared = bytes_of(staged)
+
+    # A persistent grid: as many blocks as are resident, evened out so that each has the same number of tiles.
+    resident = min(
+        device.threads // config.threads,
+        max(device.shared_bytes // (shared + _STATIC_SHARED_BYTES), 1),
+        (768 if int8 else 512) // config.threads,  # what the registers allow: resident_blocks() of the kernel
+    )
+    tiles = -(-m // config.tile)
+    token_blocks = min(-(-n // config.tokens), 65535)
+    columns = max(device.multiprocessors * resident // token_blocks, 1)
+    grid = -(-tiles // -(-tiles // columns))
+
+    launch = Launch(
+        product_spec(x_dtype, norm, activation, config), (grid, token_blocks, 1), (config.threads, 1, 1), shared
+    )
+    if os.environ.get("EDGELLM_PRINT_CONFIG") == "1":
+        print(f"edgellm: M={m} N={n} K={k} {x_dtype} {activation}: {launch}", file=sys.stderr)
+    return ProductLaunch(launch, config, slice_steps, pitch_of(staged))
+
+
+def norm_spec(x_dtype: str) -> KernelSpec:
+    """rmsnorm.cu for x's dtype."""
+    return KernelSpec("rmsnorm.cu", (("X_T", X_TYPES[x_dtype]), ("THREADS", str(NORM_THREADS))))
+
+
+def quantise_spec(x_dtype: str, norm: bool) -> KernelSpec:
+    """rmsnorm_quantise.cu for x's dtype, with or without the norm."""
+    return KernelSpec(
+        "rmsnorm_quantise.cu",
+        (("X_T", X_TYPES[x_dtype]), ("NORM", str(int(norm))), ("THREADS", str(NORM_THREADS))),
+    )
+
+
+def product_specs() -> Iterator[KernelSpec]:
+    """Every specialisation of norm, quantisation and product that dispatch can reach."""
+    floats = ("float16", "bfloat16", "float32")
+    for dtype in floats:
+        yield norm_spec(dtype)
+        yield quantise_spec(dtype, True)
+        yield quantise_spec(dtype, False)
+    for config in CONFIGS:
+        for dtype in floats:
+            for norm in (False, True):
+                for activation in ("float", "int8"):
+                    yield product_spec(dtype, norm, activation, config)
+        yield product_spec("int8", False, "int8", config)

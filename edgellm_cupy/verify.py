@@ -1,0 +1,160 @@
+"""`edgellm verify`: every kernel against the reference, on the GPU of this machine.
+
+The cases go through the public operations and reach every specialisation that dispatch can choose; one that none of
+them reached is a failure too. Outputs are poisoned, inputs random, with the values that break kernels mixed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from . import ops
+from .arguments import ACTIVATIONS, BFLOAT16, DTYPES, FLOAT16, FLOAT32
+from .formats.checkpoint import Checkpoint
+from .formats.config import PRESETS, ModelConfig
+from .formats.ternary import TernaryWeight
+from .kernels import loaded
+from .model.decoder import TernaryTransformer
+from .reference import TernaryTransformer as ReferenceTransformer
+from .reference.accuracy import check
+from .runtime import require_gpu
+from .tuning import floor_spec, specialisations
+
+LOGIT_TOLERANCE = {"float32": 2e-5, "float16": 1e-2, "bfloat16": 8e-2}
+"""Largest error of a logit over the largest logit, two layers, float activation."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem for the operations."""
+
+    m: int
+    n: int
+    k: int
+    dtype: Any
+    activation: str
+    strategy: str
+
+    def __str__(self) -> str:
+        return f"M={self.m} N={self.n} K={self.k} {self.dtype} {self.activation} {self.strategy}"
+
+
+def cases() -> Iterator[Case]:
+    """Problems that reach every specialisation of norm, quantisation and product, on shapes that no tile divides."""
+    # (M, K): a row of up to 16 chunks; longer with few rows; with many rows; with many rows and long ones.
+    shapes = {1: ((67, 577), (130, 1100), (2113, 1300), (2115, 4101)), 2: ((61, 575), (70, 1030))}
+    shapes[3] = shapes[9] = shapes[2]
+    for n, problems in shapes.items():
+        for m, k in problems:
+            for dtype in DTYPES:
+                for activation in ACTIVATIONS:
+                    for strategy in ("streaming", "separate"):
+                        yield Case(m, n, k, dtype, activation, strategy)
+    yield Case(1, 1, 1, FLOAT16, "int8", "adaptive")
+    yield Case(3, 70, 64, BFLOAT16, "float", "adaptive")
+    yield Case(5, 2, 100_003, FLOAT32, "float", "streaming")  # activations do not fit shared memory: slices of K
+
+
+def random_problem(case: Case, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Host arrays t, scale, x, gamma, residual, with the hard values of the interface mixed in."""
+    t = rng.integers(-1, 2, (case.m, case.k), dtype=np.int8)
+    x = rng.standard_normal((case.n, case.k))
+    # One activation 10,000 times the others, in a column that every other row ignores.
+    column = int(rng.integers(case.k))
+    x[0, column] = 1e4
+    t[::2, column] = 0
+    if case.n > 2:
+        x[1], x[2, case.k // 2] = 0.0, np.nan
+    return {
+        "t": t,
+        "scale": rng.uniform(0.5, 2.0, case.m).astype(np.float32),
+        "x": x.astype(case.dtype),
+        "gamma": rng.uniform(0.5, 1.5, case.k).astype(FLOAT32 if case.k % 2 else case.dtype),
+        "residual": rng.standard_normal((case.n, case.m)).astype(case.dtype),
+    }
+
+
+def run(progress: Callable[[str], None] = lambda message: None) -> list[str]:
+    """Check everything; returns a line for each failure, none when all is right.
+
+    Raises:
+        GpuUnavailableError: no usable GPU.
+    """
+    cp = require_gpu()
+    failures: list[str] = []
+    rng = np.random.default_rng(0)
+    for case in cases():
+        progress(str(case))
+        failures += [f"{case}: {message}" for message in _check_case(cp, case, rng)]
+    for config in PRESETS.values():
+        for dtype in LOGIT_TOLERANCE:
+            progress(f"decoder {config.name} {dtype}")
+            failures += _check_decoder(cp, config, dtype)
+    reached = {kernel.spec for kernel in loaded()}
+    floors = {floor_spec(threads) for threads in (256, 512, 1024)}  # the benchmark checks its own yardstick
+    failures += [f"{spec.name}: no case reaches it" for spec in specialisations() if spec not in reached | floors]
+    return failures
+
+
+def _check_case(cp: Any, case: Case, rng: np.random.Generator) -> Iterator[str]:
+    p = random_problem(case, rng)
+    x, gamma, residual = (p[name] for name in ("x", "gamma", "residual"))
+    weight = TernaryWeight.from_int8(p["t"], p["scale"])
+    on_device = weight.to_device()
+    # A view that starts one element into its memory is aligned for scalars only.
+    shifted = cp.empty(x.size + 1, x.dtype)[1:].reshape(x.shape)
+    shifted[...] = cp.asarray(x)
+    for y_dtype in (case.dtype, FLOAT16 if case.dtype == FLOAT32 else FLOAT32):
+        for device_x in (cp.asarray(x), shifted):
+            out = _poisoned(cp, (case.n, case.m), y_dtype)
+            ops.rmsnorm_ternary_matmul(
+                device_x,
+                cp.asarray(gamma),
+                on_device,
+                1e-5,
+                case.activation,
+                cp.asarray(residual),
+                case.strategy,
+                out,
+            )
+            message = check(out.get(), x, gamma, weight, eps=1e-5, activation=case.activation, residual=residual)
+            if message:
+                yield f"rmsnorm_ternary_matmul: {message}"
+    out = _poisoned(cp, (case.n, case.m), case.dtype)
+    ops.ternary_matmul(cp.asarray(x), on_device, case.activation, out)
+    if message := check(out.get(), x, None, weight, activation=case.activation):
+        yield f"ternary_matmul: {message}"
+    out = _poisoned(cp, x.shape, case.dtype)
+    ops.rmsnorm(cp.asarray(x), cp.asarray(gamma), 1e-5, out)
+    if message := check(out.get(), x, gamma, eps=1e-5):
+        yield f"rmsnorm: {message}"
+
+
+def _check_decoder(cp: Any, preset: ModelConfig, dtype: str) -> Iterator[str]:
+    """Two layers of a preset with a small vocabulary: prefill, then decoding through the graph, against NumPy."""
+    config = replace(preset, num_layers=2, vocab_size=1000)
+    checkpoint = Checkpoint.random(config, seed=1)
+    model = TernaryTransformer(checkpoint, activation="float", dtype=dtype)
+    reference = ReferenceTransformer(checkpoint, activation="float")
+    cache, expected = model.new_cache(200), reference.new_cache(200)
+    prompt = np.random.default_rng(2).integers(0, 1000, 130)
+    steps = [("prefill", model.prefill(prompt, cache), reference.prefill(prompt, expected))]
+    for token in (5, 999):
+        model.decode_one_token(token, cache)
+        reference.decode_one_token(token, expected)
+        steps.append((f"token at {cache.length}", cache.logits, expected.logits))
+        if int(cache.token[0]) != int(cp.argmax(cache.logits[0])):
+            yield f"decoder {preset.name} {dtype}: the greedy token is not the largest logit"
+    for what, logits, right in steps:
+        error = np.abs(cp.asnumpy(logits).reshape(-1) - right.reshape(-1)).max() / np.abs(right).max()
+        if not error <= LOGIT_TOLERANCE[dtype]:
+            yield f"decoder {preset.name} {dtype}: {what}: error {error:.3g} of the largest logit"
+
+
+def _poisoned(cp: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Memory whose every element is NaN, so that one that no kernel wrote is seen."""
+    return cp.full(shape, np.nan, dtype)

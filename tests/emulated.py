@@ -1,0 +1,96 @@
+"""The package's own dispatch on the CPU: operations and decoder run unchanged, their kernels in the emulator.
+
+`emulated_gpu` stands in for CuPy and the loader. Everything between the public function and the launch is the real
+code: argument checks, choice of the specialisation, launch configuration, order of the kernels' arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from edgellm_cupy.kernels import KernelSpec
+from edgellm_cupy.model import decoder
+from edgellm_cupy.ops import enqueue, public
+from edgellm_cupy.tuning import specialisations
+from edgellm_cupy.tuning.device import DeviceFacts
+from tests.emulator import Emulator
+
+H200 = DeviceFacts(arch=90, multiprocessors=132, threads=2048, shared_bytes=233472, block_shared_bytes=232448)
+T4 = DeviceFacts(arch=75, multiprocessors=40, threads=1024, shared_bytes=65536, block_shared_bytes=65536)
+TINY = DeviceFacts(arch=75, multiprocessors=2, threads=1024, shared_bytes=8192, block_shared_bytes=8192)
+"""No real GPU: its two multiprocessors and little shared memory make small problems take every persistent loop."""
+
+
+def poisoned(shape: Any, dtype: Any = np.float32) -> np.ndarray:
+    """Memory that nobody has written: bytes that are NaN as any float, and far off as an integer."""
+    array = np.empty(shape, dtype)
+    array.view(np.uint8).reshape(-1)[...] = 0xFF if array.dtype.kind != "i" else 0x7B
+    return array
+
+
+class EmulatedGpu:
+    """What `emulated_gpu` yields.
+
+    Attributes:
+        launched: the specialisations launched so far.
+    """
+
+    def __init__(self, emulator: Emulator):
+        self.emulator, self.launched = emulator, set[KernelSpec]()
+
+    def load(self, spec: KernelSpec) -> Callable[..., None]:
+        def launch(grid: Any, block: Any, args: tuple[Any, ...], shared_bytes: int = 0) -> None:
+            self.launched.add(spec)
+            pointers_or_values = [None if a is enqueue.NULL else a for a in args]
+            self.emulator.launch(spec.name, grid, block, pointers_or_values, shared=shared_bytes)
+
+        return launch
+
+
+def new_emulator() -> Emulator:
+    """An emulator that holds every specialisation that dispatch can reach."""
+    emulator = Emulator()
+    emulator.build(specialisations())
+    return emulator
+
+
+@contextmanager
+def emulated_gpu(emulator: Emulator, facts: DeviceFacts = H200) -> Iterator[EmulatedGpu]:
+    """Inside, `edgellm_cupy`'s GPU functions and decoder take NumPy arrays and run in the emulator."""
+    gpu = EmulatedGpu(emulator)
+    stream = SimpleNamespace(is_capturing=lambda: False)
+    cupy = SimpleNamespace(
+        ndarray=np.ndarray,
+        empty=poisoned,
+        empty_like=lambda a: poisoned(a.shape, a.dtype),
+        zeros=np.zeros,
+        asarray=np.array,
+        int32=np.int32,
+        float32=np.float32,
+        uint64=np.uint64,
+        cuda=SimpleNamespace(get_current_stream=lambda: stream),
+    )
+
+    class EagerGraph:
+        """A graph that runs its launches anew each time."""
+
+        def __init__(self, record: Callable[[], None]):
+            self.launch = record
+
+    with (
+        mock.patch.object(public, "_cupy", cupy),
+        mock.patch.object(decoder, "require_gpu", return_value=cupy),
+        mock.patch.object(decoder, "capture", EagerGraph),
+        mock.patch.object(decoder, "load", gpu.load),
+        mock.patch.object(enqueue, "load", gpu.load),
+        mock.patch.object(enqueue, "current_facts", return_value=facts),
+        mock.patch.object(decoder, "current_facts", return_value=facts),
+        mock.patch.object(decoder.TernaryWeight, "to_device", lambda self: self),
+    ):
+        yield gpu

@@ -1,0 +1,130 @@
+"""The operations on a real GPU: what only a device can show. The emulator covers the arithmetic (tests/cpu)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import edgellm_cupy as ec
+from edgellm_cupy import verify
+from edgellm_cupy.kernels import capture, count_launches
+from edgellm_cupy.reference.accuracy import check
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def cp():
+    return pytest.importorskip("cupy")
+
+
+@pytest.fixture
+def problem(cp):
+    case = verify.Case(m=96, n=1, k=576, dtype=np.dtype(np.float16), activation="int8", strategy="streaming")
+    arrays = verify.random_problem(case, np.random.default_rng(0))
+    weight = ec.TernaryWeight.from_int8(arrays["t"], arrays["scale"])
+    return arrays["x"][0], arrays["gamma"], weight
+
+
+def test_verify_finds_nothing():
+    assert verify.run() == []
+
+
+def test_weight_round_trip_on_the_device(cp):
+    t = np.random.default_rng(0).integers(-1, 2, (33, 101), dtype=np.int8)
+    weight = ec.TernaryWeight.from_int8(cp.asarray(t), 0.5)
+    assert weight.on_device
+    np.testing.assert_array_equal(weight.to_int8().get(), t)
+    host = weight.to_host()
+    np.testing.assert_array_equal(host.packed, ec.TernaryWeight.from_int8(t, 0.5).packed)
+    assert host.to_device().to_device() is not host
+
+
+def test_absmean_on_the_device_equals_the_host(cp):
+    w = np.random.default_rng(0).standard_normal((40, 130)).astype(np.float32)
+    host, device = ec.TernaryWeight.from_float(w), ec.TernaryWeight.from_float(cp.asarray(w))
+    np.testing.assert_array_equal(device.to_int8().get(), host.to_int8())
+    np.testing.assert_allclose(device.scale.get(), host.scale, rtol=1e-7)
+
+
+def test_invalid_code_on_the_device_names_its_position(cp):
+    t = cp.zeros((4, 5), cp.int8)
+    t[2, 3] = 2
+    with pytest.raises(ec.ArgumentValueError, match=r"t\[2, 3\] is 2"):
+        ec.TernaryWeight.from_int8(t)
+
+
+def test_host_arguments_are_refused(cp, problem):
+    x, _, weight = problem
+    with pytest.raises(TypeError, match="expected a CuPy array"):
+        ec.ternary_matmul(x, weight.to_device())
+    with pytest.raises(TypeError, match="to_device"):
+        ec.ternary_matmul(cp.asarray(x), weight)
+
+
+@pytest.mark.parametrize("strategy", ["streaming", "separate"])
+@pytest.mark.parametrize("n", [1, 20])
+def test_graph_outlives_its_workspaces(cp, problem, strategy, n):
+    """A captured call's workspace must not be handed to somebody else while the graph can still be replayed."""
+    x, gamma, weight = problem
+    tokens = np.ascontiguousarray(np.tile(x, (n, 1)))
+    device_x, device_gamma, on_device = cp.asarray(tokens), cp.asarray(gamma), weight.to_device()
+    out = cp.empty((n, 96), np.float16)
+
+    def call():
+        ec.rmsnorm_ternary_matmul(device_x, device_gamma, on_device, 1e-5, "int8", strategy=strategy, out=out)
+
+    call()
+    graph = capture(call)
+    cp.get_default_memory_pool().free_all_blocks()
+    churn = [cp.full(size, 0x7F, cp.uint8) for size in range(64, 40_000, 512)]
+    out.fill(np.nan)
+    graph.launch()
+    message = check(out.get(), tokens, gamma, weight, eps=1e-5, activation="int8")
+    assert message is None, message
+    assert all(bool((block == 0x7F).all()) for block in churn)
+
+
+def test_runs_on_the_current_stream(cp, problem):
+    x, _, weight = problem
+    on_device, device_x = weight.to_device(), cp.asarray(x)
+    stream = cp.cuda.Stream(non_blocking=True)
+    with stream:
+        y = ec.ternary_matmul(device_x, on_device, "int8")
+    stream.synchronize()
+    message = check(y.get(), x, None, weight, activation="int8")
+    assert message is None, message
+
+
+def test_fused_product_of_one_token_is_one_launch(cp, problem):
+    x, gamma, weight = problem
+    arguments = cp.asarray(x), cp.asarray(gamma), weight.to_device()
+    with count_launches() as counter:
+        ec.rmsnorm_ternary_matmul(*arguments)
+    assert counter.kernels == 1
+    with count_launches() as counter:
+        ec.rmsnorm_ternary_matmul(cp.tile(arguments[0], (300, 1)), *arguments[1:], activation="int8")
+    assert counter.kernels == 2  # not one a token
+
+
+def test_torch_tensor_through_dlpack(cp, problem):
+    torch = pytest.importorskip("torch")
+    x, _, weight = problem
+    tensor = torch.from_numpy(x).cuda()
+    y = torch.from_dlpack(ec.ternary_matmul(cp.from_dlpack(tensor), weight.to_device()))
+    message = check(y.cpu().numpy(), x, None, weight)
+    assert message is None, message
+
+
+def test_extreme_float32_values(cp):
+    """Squares that float32 cannot hold: the second, rescaled attempt of the norm."""
+    rng = np.random.default_rng(3)
+    weight = ec.TernaryWeight.from_int8(rng.integers(-1, 2, (70, 300), dtype=np.int8))
+    gamma = np.ones(300, np.float32)
+    for exponent, eps in ((30, 1e-6), (-30, 0.0), (-30, 1e-6), (0, 0.0)):
+        x = (rng.standard_normal((2, 300)) * 10.0**exponent).astype(np.float32)
+        x[1] = 0
+        for activation in ("float", "int8"):
+            y = ec.rmsnorm_ternary_matmul(cp.asarray(x), cp.asarray(gamma), weight.to_device(), eps, activation)
+            message = check(y.get(), x, gamma, weight, eps=eps, activation=activation)
+            assert message is None, f"10**{exponent}, eps {eps}, {activation}: {message}"
