@@ -5,15 +5,16 @@
 // Every block normalises x for itself: K elements from L2 against ROWS * K / 4 bytes of weights a group. That is cheaper
 // than any exchange between blocks while a block has several row tiles, or the matrix is so small that all is latency.
 //
-// Macros: X_T (float, __half, __nv_bfloat16), INT8, TOKENS, LANES, ROWS, AHEAD, THREADS: see ProductShape. KERNEL_NAME.
+// Macros: X_T (float, __half, __nv_bfloat16), INT8, TOKENS, LANES, ROWS, AHEAD, THREADS, HELD: see ProductShape; RESIDENT blocks a
+// multiprocessor that registers are left for. KERNEL_NAME.
 #include "ternary_product.cuh"
 
 #if !defined(X_T) || !defined(INT8) || !defined(TOKENS) || !defined(LANES) || !defined(ROWS) || !defined(AHEAD) || \
-    !defined(THREADS) || !defined(KERNEL_NAME)
-#error "rmsnorm_ternary_matmul.cu needs X_T, INT8, TOKENS, LANES, ROWS, AHEAD, THREADS and KERNEL_NAME"
+    !defined(THREADS) || !defined(HELD) || !defined(RESIDENT) || !defined(KERNEL_NAME)
+#error "rmsnorm_ternary_matmul.cu needs X_T, INT8, TOKENS, LANES, ROWS, AHEAD, THREADS, HELD, RESIDENT and KERNEL_NAME"
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS, resident_blocks(INT8, THREADS))
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     KERNEL_NAME(const X_T* __restrict__ x,            // [N, K]
                 const void* __restrict__ gamma,       // [K], float32 or x's dtype
                 int gamma_is_float32,                 //
@@ -26,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, resident_blocks(INT8, THRE
                 int y_dtype,                          // as residual_dtype
                 int M, int K, int N, float eps,       //
                 int slice_steps, int pitch) {         // tuning.ProductLaunch
-  using Shape = ProductShape<X_T, true, INT8, TOKENS, LANES, ROWS, AHEAD, THREADS>;
+  using Shape = ProductShape<X_T, true, INT8, TOKENS, LANES, ROWS, AHEAD, THREADS, HELD>;
   ternary_product<Shape>(x, nullptr, gamma, gamma_is_float32, w, scale, scale_stride, residual, residual_dtype, y, y_dtype, M,
                          K, N, eps, slice_steps, pitch);
 }

@@ -67,8 +67,9 @@ class Kernel:
         """Theoretical occupancy, 0 to 1: resident threads a multiprocessor by the driver's calculator."""
         cp = self._cp
         blocks = cp.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(self._raw.kernel.ptr, threads, shared_bytes)
-        limit = cp.cuda.Device().attributes["MaxThreadsPerMultiProcessor"]
-        return blocks * threads / limit
+        properties = cp.cuda.runtime.getDeviceProperties(cp.cuda.runtime.getDevice())
+        limit = properties["maxThreadsPerMultiProcessor"]
+        return float(blocks * threads / limit)
 
 
 _loaded: dict[tuple[int, KernelSpec], Kernel] = {}

@@ -37,11 +37,11 @@ def current_facts() -> DeviceFacts:
 def _facts_of(device: int) -> DeviceFacts:
     import cupy
 
-    a: Any = cupy.cuda.Device(device).attributes
+    p: Any = cupy.cuda.runtime.getDeviceProperties(device)
     return DeviceFacts(
-        arch=10 * a["ComputeCapabilityMajor"] + a["ComputeCapabilityMinor"],
-        multiprocessors=a["MultiProcessorCount"],
-        threads=a["MaxThreadsPerMultiProcessor"],
-        shared_bytes=a["MaxSharedMemoryPerMultiprocessor"],
-        block_shared_bytes=a["MaxSharedMemoryPerBlockOptin"],
+        arch=10 * p["major"] + p["minor"],
+        multiprocessors=p["multiProcessorCount"],
+        threads=p["maxThreadsPerMultiProcessor"],
+        shared_bytes=p["sharedMemPerMultiprocessor"],
+        block_shared_bytes=p["sharedMemPerBlockOptin"],
     )

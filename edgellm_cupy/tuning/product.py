@@ -28,13 +28,25 @@ _STATIC_SHARED_BYTES = 2048  # reserved for the static shared memory of every sp
 
 @dataclass(frozen=True)
 class ProductConfig:
-    """The compile-time shape of a product kernel; kernels_cu/include/ternary_product.cuh draws it."""
+    """The compile-time shape of a product kernel; kernels_cu/include/ternary_product.cuh draws it.
+
+    Attributes:
+        tokens: tokens that one block serves at a time.
+        lanes: threads side by side along a row.
+        rows: rows of a group of lanes at a time.
+        ahead: chunks of each row that a lane loads at a time.
+        threads: of a block.
+        held: vectors of four activations that a thread keeps in registers from the norm to the product; 0: reads twice.
+        resident: blocks a multiprocessor that the compiler leaves registers for.
+    """
 
     tokens: int
     lanes: int
     rows: int
     ahead: int
     threads: int = 256
+    held: int = 0
+    resident: int = 2
 
     @property
     def step(self) -> int:
@@ -46,12 +58,17 @@ class ProductConfig:
         """Rows of a tile."""
         return self.threads // self.lanes * self.rows
 
+    @property
+    def longest(self) -> int | None:
+        """Largest K whose activations fit the registers; None: any."""
+        return 4 * self.held * self.threads if self.held else None
+
 
 # One token: by the chunks of a row. A group of lanes should not be wider than the row is long.
-_ONE_TOKEN_SHORT = ProductConfig(1, 16, 1, 1)
-_ONE_TOKEN_MEDIUM = ProductConfig(1, 32, 1, 1)
-_ONE_TOKEN_WIDE = ProductConfig(1, 32, 2, 1)
-_ONE_TOKEN_LONG = ProductConfig(1, 32, 2, 2)
+_ONE_TOKEN_SHORT = ProductConfig(1, 16, 1, 1, 256, 1, 2)
+_ONE_TOKEN_MEDIUM = ProductConfig(1, 32, 1, 1, 512, 2, 1)
+_ONE_TOKEN_WIDE = ProductConfig(1, 32, 2, 1, 512, 4, 1)
+_ONE_TOKEN_LONG = ProductConfig(1, 32, 2, 2, 512, 0, 1)
 # More: the rows share each word of weights among the tokens, so that fewer rows keep the registers within bounds.
 _MORE_TOKENS = {n: (ProductConfig(n, 16, 1, 1), ProductConfig(n, 32, 1 if n == 8 else 2, 1)) for n in (2, 4, 8)}
 
@@ -87,9 +104,9 @@ def choose_config(m: int, n: int, k: int, device: DeviceFacts) -> ProductConfig:
         return _MORE_TOKENS[tokens][0 if row <= 16 else 1]
     if row <= 16:
         return _ONE_TOKEN_SHORT
-    if m < 16 * device.multiprocessors:
+    if m < 16 * device.multiprocessors and k <= 4096:
         return _ONE_TOKEN_MEDIUM
-    return _ONE_TOKEN_WIDE if row < 64 else _ONE_TOKEN_LONG
+    return _ONE_TOKEN_WIDE if k <= 8192 else _ONE_TOKEN_LONG
 
 
 def product_spec(x_dtype: str, norm: bool, activation: str, config: ProductConfig) -> KernelSpec:
@@ -104,6 +121,8 @@ def product_spec(x_dtype: str, norm: bool, activation: str, config: ProductConfi
             ("ROWS", str(config.rows)),
             ("AHEAD", str(config.ahead)),
             ("THREADS", str(config.threads)),
+            ("HELD", str(config.held if x_dtype != "int8" and (norm or activation == "int8") else 0)),
+            ("RESIDENT", str(config.resident)),
         ),
     )
 
@@ -145,7 +164,7 @@ def product_launch(
     resident = min(
         device.threads // config.threads,
         max(device.shared_bytes // (shared + _STATIC_SHARED_BYTES), 1),
-        (768 if int8 else 512) // config.threads,  # what the registers allow: resident_blocks() of the kernel
+        config.resident,
     )
     tiles = -(-m // config.tile)
     token_blocks = min(-(-n // config.tokens), 65535)

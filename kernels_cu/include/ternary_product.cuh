@@ -34,10 +34,6 @@
 #pragma once
 #include "token_scale.cuh"
 
-// Blocks a multiprocessor that the compiler must leave registers for: 80 registers a thread for int8, 128 for float, whose
-// partial sums need them. Left alone, ptxas either aims at 64 and spills or takes 200. (tuning.product has the same rule.)
-constexpr int resident_blocks(bool int8, int threads) { return (int8 ? 768 : 512) / threads; }
-
 template <bool kInt8>
 struct SumType {
   using type = float;
@@ -49,12 +45,14 @@ struct SumType<true> {
 
 // The compile-time shape of one specialisation.
 // X: float, __half, __nv_bfloat16, or signed char for activations that rmsnorm_quantise.cu has quantised already.
-template <typename X_, bool kNorm_, bool kInt8_, int kTokens_, int kLanes_, int kRows_, int kAhead_, int kThreads_>
+template <typename X_, bool kNorm_, bool kInt8_, int kTokens_, int kLanes_, int kRows_, int kAhead_, int kThreads_,
+          int kHeld_>
 struct ProductShape {
   using X = X_;
   using Sum = typename SumType<kInt8_>::type;
   static constexpr bool kNorm = kNorm_, kInt8 = kInt8_, kQuantised = sizeof(X) == 1;
-  static constexpr int kTokens = kTokens_, kLanes = kLanes_, kRows = kRows_, kAhead = kAhead_, kThreads = kThreads_;
+  static constexpr int kTokens = kTokens_, kLanes = kLanes_, kRows = kRows_, kAhead = kAhead_, kThreads = kThreads_,
+                       kHeld = kHeld_;
   static constexpr int kGroups = kThreads / kLanes, kTile = kGroups * kRows, kStep = kLanes * kAhead, kWarps = kThreads / 32;
   static constexpr int kFields = kInt8 && kTokens == 1 ? 4 : 1;  // accumulators of one sum
   static constexpr int kPieces = kInt8 ? 4 : 16;                // 16-byte pieces of a chunk's activations
@@ -65,6 +63,12 @@ struct ProductShape {
 template <typename S>
 struct Weights {
   uint4 chunk[S::kRows][S::kAhead];
+};
+
+// What the lane that stores a result needs beside the sum. A lane stores at most one result of a tile, so both are loaded
+// with the tile's first weights and are there when the sums are.
+struct Tail {
+  float scale, residual;
 };
 
 template <typename S>
@@ -139,22 +143,25 @@ __device__ __forceinline__ void multiply_chunk(Sums<S>& sums, const Weights<S>& 
 #pragma unroll
     for (int t = 0; t < S::kTokens; ++t) part[r][t] = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-  for (int p = 0; p < 16; ++p) {
-    float4 n[S::kTokens];
+  for (int j = 0; j < 4; ++j) {
+#pragma unroll (S::kTokens < 8 ? 4 : 1)  // eight tokens' pieces at once would not fit the registers
+    for (int i = 0; i < 4; ++i) {
+      float4 n[S::kTokens];
 #pragma unroll
-    for (int t = 0; t < S::kTokens; ++t) n[t] = activations[(t * S::kPieces + p) * pitch + local];
+      for (int t = 0; t < S::kTokens; ++t) n[t] = activations[(t * S::kPieces + j * 4 + i) * pitch + local];
 #pragma unroll
-    for (int r = 0; r < S::kRows; ++r) {
-      const unsigned codes = (word(weights.chunk[r][a], p / 4) >> (2 * (p % 4))) & 0x03030303u;
-      const float t0 = ternary_float<0>(codes), t1 = ternary_float<1>(codes);
-      const float t2 = ternary_float<2>(codes), t3 = ternary_float<3>(codes);
+      for (int r = 0; r < S::kRows; ++r) {
+        const unsigned codes = (word(weights.chunk[r][a], j) >> (2 * i)) & 0x03030303u;
+        const float t0 = ternary_float<0>(codes), t1 = ternary_float<1>(codes);
+        const float t2 = ternary_float<2>(codes), t3 = ternary_float<3>(codes);
 #pragma unroll
-      for (int t = 0; t < S::kTokens; ++t) {
-        float4& sum = part[r][t];
-        sum.x = fmaf(t0, n[t].x, sum.x);
-        sum.y = fmaf(t1, n[t].y, sum.y);
-        sum.z = fmaf(t2, n[t].z, sum.z);
-        sum.w = fmaf(t3, n[t].w, sum.w);
+        for (int t = 0; t < S::kTokens; ++t) {
+          float4& sum = part[r][t];
+          sum.x = fmaf(t0, n[t].x, sum.x);
+          sum.y = fmaf(t1, n[t].y, sum.y);
+          sum.z = fmaf(t2, n[t].z, sum.z);
+          sum.w = fmaf(t3, n[t].w, sum.w);
+        }
       }
     }
   }
@@ -165,34 +172,50 @@ __device__ __forceinline__ void multiply_chunk(Sums<S>& sums, const Weights<S>& 
       sums.of[r][t][0] += (part[r][t].x + part[r][t].y) + (part[r][t].z + part[r][t].w);
 }
 
+// Puts four activations into shared memory; v is x g, or x without a norm. Returns the sum of the quantised values.
+template <typename S>
+__device__ __forceinline__ int stage4(int4* staged, float4 v, float factor, int t, int i, int pitch) {
+  const int chunk = i / 64, piece = i / 16 % 4, field = i / 4 % 4;
+  if constexpr (S::kInt8) {
+    const int q = quantise4(v, factor);
+    reinterpret_cast<int*>(staged)[((t * S::kPieces + piece) * pitch + chunk) * 4 + field] = q;
+    return __dp4a(q, 0x01010101, 0);
+  } else {
+    // x - x is zero, or NaN where x is not finite: then the whole token shall be NaN.
+    v = S::kNorm ? v * factor
+                 : make_float4(v.x + (v.x - v.x), v.y + (v.y - v.y), v.z + (v.z - v.z), v.w + (v.w - v.w));
+    reinterpret_cast<float4*>(staged)[(t * S::kPieces + piece * 4 + field) * pitch + chunk] = v;
+    return 0;
+  }
+}
+
 // Puts the activations of one slice of K into shared memory, normalised and quantised, zero beyond K and beyond N, and
 // adds each warp's share of sum(q) to q_sums. Ends before the barrier that publishes them.
 template <typename S>
-__device__ __forceinline__ void stage(int4* staged, int (&q_sums)[S::kTokens][S::kWarps], const typename S::X* x,
-                                      const Gamma<typename S::X>& gamma, const TokenScale* scale, int n0, int N,
-                                      int K, int first_chunk, int chunks, int pitch, bool aligned) {
+__device__ __forceinline__ void stage(int4* staged, int (&q_sums)[S::kTokens][S::kWarps], const Held<S::kHeld>& held,
+                                      const typename S::X* x, const Gamma<typename S::X>& gamma, const TokenScale* scale,
+                                      int n0, int N, int K, int first_chunk, int chunks, bool whole, int pitch, bool aligned) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll 1
   for (int t = 0; t < S::kTokens; ++t) {
-    const typename S::X* row = x + (long long)(n0 + t) * K;
     int q_sum = 0;
-#pragma unroll 1
-    for (int i = 4 * threadIdx.x; i < chunks * 64; i += 4 * S::kThreads) {
-      const int k = first_chunk * 64 + i;
-      float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-      if (n0 + t < N) v = load4_or_zero(row, k, K, aligned);
-      if (S::kNorm) v = v * scale[t].pre;
-      const int chunk = i / 64, piece = i / 16 % 4, field = i / 4 % 4;
-      if constexpr (S::kInt8) {
-        if (S::kNorm) v = v * gamma.at(k, K);
-        const int q = quantise4(v, scale[t].factor);
-        q_sum = __dp4a(q, 0x01010101, q_sum);
-        reinterpret_cast<int*>(staged)[((t * S::kPieces + piece) * pitch + chunk) * 4 + field] = q;
-      } else {
-        // x - x is zero, or NaN where x is not finite: then the whole token shall be NaN.
-        v = S::kNorm ? (v * scale[t].factor) * gamma.at(k, K)
-                    : make_float4(v.x + (v.x - v.x), v.y + (v.y - v.y), v.z + (v.z - v.z), v.w + (v.w - v.w));
-        reinterpret_cast<float4*>(staged)[(t * S::kPieces + piece * 4 + field) * pitch + chunk] = v;
+    if (S::kHeld > 0 && whole && scale[t].pre == 1.f) {  // the token is in registers, as it is
+      if constexpr (S::kHeld > 0) {
+#pragma unroll
+        for (int h = 0; h < S::kHeld; ++h) {
+          const int i = 4 * (threadIdx.x + h * S::kThreads);
+          if (i < chunks * 64) q_sum += stage4<S>(staged, held.xg[h], scale[t].factor, t, i, pitch);
+        }
+      }
+    } else {
+      const typename S::X* row = x + (long long)(n0 + t) * K;
+#pragma unroll 2
+      for (int i = 4 * threadIdx.x; i < chunks * 64; i += 4 * S::kThreads) {
+        const int k = first_chunk * 64 + i;
+        float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (n0 + t < N) v = load4_or_zero(row, k, K, aligned);
+        if (S::kNorm) v = (v * scale[t].pre) * gamma.at(k, K);
+        q_sum += stage4<S>(staged, v, scale[t].factor, t, i, pitch);
       }
     }
     if constexpr (S::kInt8) {
@@ -226,13 +249,37 @@ __device__ __forceinline__ void stage_quantised(int4* staged, int (&q_sums)[S::k
   }
 }
 
-// Adds up the lanes of each group; lane r * kTokens + t then stores the result of row r and token t.
+// Lane r * kTokens + t of a group stores the result of row r and token t.
 template <typename S>
-__device__ __forceinline__ void finish(Sums<S>& sums, const int (&q_sums)[S::kTokens][S::kWarps], const TokenScale* token_scale,
-                                       const float* scale, int scale_stride, const void* residual, int residual_dtype, void* y,
-                                       int y_dtype, int tile, int n0, int M, int N) {
-  static_assert(S::kRows * S::kTokens <= S::kLanes, "a lane stores at most one result");
+__device__ __forceinline__ int stored_row(int tile) {
   const int lane = threadIdx.x % S::kLanes, group = threadIdx.x / S::kLanes;
+  return tile * S::kTile + lane / S::kTokens * S::kGroups + group;
+}
+
+template <typename S>
+__device__ __forceinline__ bool stores(int row, int n0, int M, int N) {
+  static_assert(S::kRows * S::kTokens <= S::kLanes, "a lane stores at most one result");
+  const int lane = threadIdx.x % S::kLanes;
+  return lane < S::kRows * S::kTokens && row < M && n0 + lane % S::kTokens < N;
+}
+
+template <typename S>
+__device__ __forceinline__ Tail load_tail(const float* scale, int scale_stride, const void* residual, int residual_dtype,
+                                          int tile, int n0, int M, int N) {
+  const int row = stored_row<S>(tile), t = threadIdx.x % S::kLanes % S::kTokens;
+  Tail tail{0.f, 0.f};
+  if (stores<S>(row, n0, M, N)) {
+    tail.scale = scale[(long long)row * scale_stride];
+    if (residual != nullptr) tail.residual = load_as(residual, (long long)(n0 + t) * M + row, residual_dtype);
+  }
+  return tail;
+}
+
+// Adds up the lanes of each group and stores the tile's results.
+template <typename S>
+__device__ __forceinline__ void finish(Sums<S>& sums, const Tail& tail, const int (&q_sums)[S::kTokens][S::kWarps],
+                                       const TokenScale* token_scale, void* y, int y_dtype, int tile, int n0, int M, int N) {
+  const int lane = threadIdx.x % S::kLanes;
   typename S::Sum result = 0;
 #pragma unroll
   for (int r = 0; r < S::kRows; ++r) {
@@ -249,8 +296,8 @@ __device__ __forceinline__ void finish(Sums<S>& sums, const int (&q_sums)[S::kTo
   }
   sums = {};
 
-  const int t = lane % S::kTokens, row = tile * S::kTile + lane / S::kTokens * S::kGroups + group;
-  if (lane < S::kRows * S::kTokens && row < M && n0 + t < N) {
+  const int t = lane % S::kTokens, row = stored_row<S>(tile);
+  if (stores<S>(row, n0, M, N)) {
     float v = float(result);
     if constexpr (S::kInt8) {
       int q_sum = 0;
@@ -258,10 +305,7 @@ __device__ __forceinline__ void finish(Sums<S>& sums, const int (&q_sums)[S::kTo
       for (int i = 0; i < S::kWarps; ++i) q_sum += q_sums[t][i];
       v = float(result - q_sum) * token_scale[t].dequant;
     }
-    v *= scale[(long long)row * scale_stride];
-    const long long at = (long long)(n0 + t) * M + row;
-    if (residual != nullptr) v += load_as(residual, at, residual_dtype);
-    store_as(y, at, v, y_dtype);
+    store_as(y, (long long)(n0 + t) * M + row, fmaf(v, tail.scale, tail.residual), y_dtype);
   }
 }
 
@@ -283,13 +327,19 @@ __device__ __forceinline__ void ternary_product(const typename S::X* x, const fl
 #pragma unroll 1
   for (int n0 = blockIdx.y * S::kTokens; n0 < N; n0 += gridDim.y * S::kTokens) {
     int tile = blockIdx.x, step = 0;
-    Weights<S> now = load_weights<S>(w, M, C, tile, step);
-
     bool aligned = true;
+    Held<S::kHeld> held;
     const Gamma<typename S::X> norm(gamma, gamma_is_float32, K);
-    if constexpr (!S::kQuantised) aligned = rows_aligned(x, K);
+    if constexpr (!S::kQuantised) {
+      // Four loads from L2 a thread at most go out before those of the weights, which take longer.
+      aligned = rows_aligned(x, K);
+      held = load_held<typename S::X, S::kNorm, S::kThreads, S::kHeld>(x + (long long)n0 * K, norm, K, aligned);
+    }
+    Weights<S> now = load_weights<S>(w, M, C, tile, step);
+    Tail tail = load_tail<S>(scale, scale_stride, residual, residual_dtype, tile, n0, M, N);
     if constexpr (!S::kQuantised && (S::kNorm || S::kInt8)) {
-      token_scales<typename S::X, S::kNorm, S::kInt8, S::kTokens, S::kThreads>(token_scale, x, norm, n0, N, K, eps, aligned);
+      token_scales<typename S::X, S::kNorm, S::kInt8, S::kTokens, S::kThreads>(token_scale, held, x, norm, n0, N, K, eps,
+                                                                               aligned);
     }
 
     Sums<S> sums = {};
@@ -304,7 +354,7 @@ __device__ __forceinline__ void ternary_product(const typename S::X* x, const fl
         if constexpr (S::kQuantised) {
           stage_quantised<S>(staged, q_sums, token_scale, x, dequant, n0, N, C, first_chunk, chunks, pitch);
         } else {
-          stage<S>(staged, q_sums, x, norm, token_scale, n0, N, K, first_chunk, chunks, pitch, aligned);
+          stage<S>(staged, q_sums, held, x, norm, token_scale, n0, N, K, first_chunk, chunks, !sliced, pitch, aligned);
         }
         __syncthreads();
       }
@@ -313,18 +363,21 @@ __device__ __forceinline__ void ternary_product(const typename S::X* x, const fl
       const int next_step = last_step ? 0 : step + 1, next_tile = last_step ? tile + gridDim.x : tile;
       const bool more = next_tile < tiles;
       Weights<S> next;
-      if (more) next = load_weights<S>(w, M, C, next_tile, next_step);
+      Tail next_tail = tail;
+      if (more) {
+        next = load_weights<S>(w, M, C, next_tile, next_step);
+        if (last_step) next_tail = load_tail<S>(scale, scale_stride, residual, residual_dtype, next_tile, n0, M, N);
+      }
 
 #pragma unroll
       for (int a = 0; a < S::kAhead; ++a) {
         const int c = step * S::kStep + a * S::kLanes + int(threadIdx.x % S::kLanes);
         if (c < C) multiply_chunk<S>(sums, now, a, staged, pitch, c - first_chunk, typename S::Sum());
       }
-      if (last_step) {
-        finish<S>(sums, q_sums, token_scale, scale, scale_stride, residual, residual_dtype, y, y_dtype, tile, n0, M, N);
-      }
+      if (last_step) finish<S>(sums, tail, q_sums, token_scale, y, y_dtype, tile, n0, M, N);
       if (!more) break;
       now = next;
+      tail = next_tail;
       tile = next_tile;
       step = next_step;
       stage_now = sliced && step % slice_steps == 0;

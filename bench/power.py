@@ -1,0 +1,295 @@
+"""Power and energy: the energy counter of the GPU over windows of seconds, and sampled power beside it.
+
+A window repeats the same work and nothing else. It begins and ends on a step of NVML's energy counter, with the device
+synchronised at both ends. A sampler thread reads the power meanwhile; its integral has to agree with the counter, or
+the window is marked ``suspect``. An idle window of the same length, context alive, gives net figures. Boards measure
+with an error of about 10 %: small differences between two GPUs or two runs mean nothing.
+
+Results of :func:`run`:
+
+    idle                one window (:func:`_window`) without work
+    token               the windows of decoding, gross and net joules a token
+    products            layer type -> the window of its fused int8 product on cold weights, joules an operation
+    avg_power_w, peak_power_w, min_power_w      sampled while decoding, with the name of the sensor's window
+    energy_per_token_j  gross, median of the windows; energy_per_token_net_j: without what the GPU draws when idle
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+import edgellm_cupy as ec
+
+from . import timing
+from .context import Context
+from .hardware import NvmlDevice, current_nvml_device
+from .latency import Operation, Problem, cold_weights
+from .metrics import Metric, measured, missing
+from .utilisation import Chunks, DecodeLoop, Sampler, condition_probes, conditions
+
+FEWEST_TICKS = 20
+SUSPECT_PCT = 5.0
+SENSOR_NOTE = "boards measure with about 10 % of error"
+
+_SAMPLE_S = 0.02  # the counter of an H200 steps at most as often, the sensor every 25 ms at best
+_TICK_TIMEOUT_S = 2.0
+_SETTLE_S = 2.0  # after work a GPU keeps its clocks, and its draw, for a while
+_PRODUCT = Operation("rmsnorm_ternary_matmul", "int8")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Seconds of a window, and how many windows of decoding: six give a 95 % interval of the median."""
+
+    window_s: float
+    trials: int
+
+
+def run(ctx: Context) -> dict[str, Any]:
+    """Idle, decoding, and each product of the workload (--quick: the first one)."""
+    if ctx.no_gpu:
+        return {key: missing(ctx.no_gpu, unit) for key, unit in _FIGURES.items()}
+    plan = Plan(2.5, 2) if ctx.quick else Plan(5.0, 6)
+    meter = Meter(current_nvml_device())
+    ctx.progress("power: idle")
+    time.sleep(_SETTLE_S)
+    idle = meter.window(Idle(), plan.window_s)
+    decode = Chunks(DecodeLoop(ctx))
+    trials = []
+    for i in range(plan.trials):
+        ctx.progress(f"power: decoding, window {i + 1} of {plan.trials}")
+        trials.append(meter.window(decode, plan.window_s))
+    token = {**per_call(trials, idle), "windows": trials}
+
+    products: dict[str, Any] = {}
+    for layer, (m, k) in ctx.config.products().items():
+        if ctx.quick and products:
+            products[layer] = missing("--quick measures the energy of the first product only", "J")
+            continue
+        ctx.progress(f"power: {layer} {m} x {k}")
+        products[layer] = _product_energy(ctx, meter, Problem.random(layer, m, k), plan, idle)
+    return {
+        "plan": {"window_s": plan.window_s, "trials": plan.trials},
+        "note": SENSOR_NOTE,
+        "idle": idle,
+        "token": token,
+        "products": products,
+        **_power(trials),
+        "energy_per_token_j": token["gross_j"],
+        "energy_per_token_net_j": token["net_j"],
+    }
+
+
+_FIGURES: dict[str, str | None] = {
+    "idle": None,
+    "token": None,
+    "products": None,
+    "avg_power_w": "W",
+    "peak_power_w": "W",
+    "min_power_w": "W",
+    "energy_per_token_j": "J",
+    "energy_per_token_net_j": "J",
+}
+
+
+def _product_energy(ctx: Context, meter: Meter, p: Problem, plan: Plan, idle: dict[str, Any]) -> dict[str, Any]:
+    """Joules of one fused product: a graph over cold copies of the weight, again and again."""
+    import cupy as cp
+
+    x, gamma, y = cp.asarray(p.x), cp.asarray(p.gamma), cp.full(p.W.shape[0], cp.nan, cp.float16)
+
+    def call_on(weight: ec.TernaryWeight) -> Callable[[], None]:
+        return lambda: _PRODUCT.call(ec, x, gamma, weight, y)
+
+    rotation = timing.Rotation([call_on(w) for w in cold_weights(p.W)], p.W.nbytes, "cold")
+    graph = timing.capture(rotation)
+    if wrong := _PRODUCT.bound(p).check(y.get()):
+        ctx.failures.append(f"{p.layer}: energy of {_PRODUCT.name}: {wrong}")
+        return missing(f"wrong result: {wrong}", "J")
+    window = meter.window(Chunks(graph.launch), plan.window_s, calls_per_step=rotation.launches)
+    return {**_PRODUCT.facts(), "l2": "cold", **per_call([window], idle), "window": window}
+
+
+# ---- one window -----------------------------------------------------------------------------------------------------
+
+
+class Work(Protocol):
+    """What runs in a window: :class:`.utilisation.Chunks`, or :class:`Idle`."""
+
+    def once(self) -> int:
+        """A few milliseconds of it, device synchronised at the end; returns the number of steps."""
+
+    def for_seconds(self, seconds: float) -> int:
+        """At least that long, device synchronised at the end; returns the number of steps."""
+
+
+class Idle:
+    """No work: what the GPU draws with the context alive."""
+
+    def once(self) -> int:
+        time.sleep(0.002)
+        return 0
+
+    def for_seconds(self, seconds: float) -> int:
+        time.sleep(seconds)
+        return 0
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """The energy counter right after it stepped.
+
+    Attributes:
+        joules: null when there is no counter, or when it did not step in time.
+        at: time.perf_counter() of the reading.
+        steps: of the work, done while waiting for it.
+    """
+
+    joules: Metric
+    at: float
+    steps: int
+
+
+class Meter:
+    """Measures windows on one GPU.
+
+    Attributes:
+        sensor: which power reading is sampled, and over which time it averages.
+    """
+
+    def __init__(self, device: NvmlDevice):
+        self._device = device
+        if device.power_instant()["value"] is not None:
+            self._power, self.sensor = device.power_instant, "NVML_FI_DEV_POWER_INSTANT (window of 25 or 100 ms)"
+        else:
+            self._power = device.power_usage
+            self.sensor = "nvmlDeviceGetPowerUsage (average of one second on Ampere and newer except GA100)"
+
+    def window(self, work: Work, seconds: float, calls_per_step: int = 1) -> dict[str, Any]:
+        """Repeat `work` for at least `seconds`, from one step of the energy counter to another.
+
+        Keys: seconds, calls, joules (of the window), mean_power_w, ticks (steps of the counter that were seen),
+        sampled_power_w, integral_j, counter_minus_integral_pct, suspect, conditions.
+        """
+        probes = {"power_w": self._power, "energy_j": self._device.energy, **condition_probes(self._device)}
+        with Sampler(probes, interval_s=_SAMPLE_S) as sampler:
+            begin = self._next_step(work)
+            steps = work.for_seconds(seconds)
+            end = self._next_step(work)
+        elapsed, calls = end.at - begin.at, (steps + end.steps) * calls_per_step
+        power = {**sampler.mean("power_w", begin.at, end.at), "sensor": self.sensor}
+        integral = (
+            missing(power["reason"], "J")
+            if power["value"] is None
+            else _integral(sampler.readings["power_w"], begin.at, end.at)
+        )
+        counts = sampler.values("energy_j", begin.at, end.at)
+        ticks = sum(a != b for a, b in pairwise(counts))
+        joules = _joules(begin.joules, end.joules, ticks, bool(counts), integral)
+        figures = {"seconds": elapsed, "calls": calls, "joules": joules, "ticks": ticks, "sampled_power_w": power}
+        return {
+            **figures,
+            "mean_power_w": _divided(joules, elapsed, "W"),
+            "integral_j": integral,
+            **_agreement(joules, integral),
+            "conditions": conditions(sampler, begin.at, end.at),
+        }
+
+    def _next_step(self, work: Work) -> _Reading:
+        """Work on until the energy counter steps."""
+        before, steps, deadline = self._device.energy(), 0, time.perf_counter() + _TICK_TIMEOUT_S
+        if before["value"] is None:
+            return _Reading(before, time.perf_counter(), 0)
+        while time.perf_counter() < deadline:
+            steps += work.once()
+            now = self._device.energy()
+            if now["value"] != before["value"]:
+                return _Reading(now, time.perf_counter(), steps)
+        reason = f"the energy counter did not step within {_TICK_TIMEOUT_S:g} s"
+        return _Reading(missing(reason, "J"), time.perf_counter(), steps)
+
+
+def _joules(begin: Metric, end: Metric, ticks: int, has_counter: bool, integral: Metric) -> Metric:
+    """Energy of a window: the counter's, or the integral of the sampled power where there is no counter."""
+    if not has_counter:
+        return {**integral, "source": "integral of the sampled power: this GPU has no energy counter"}
+    for reading in (begin, end):
+        if reading["value"] is None:
+            return reading
+    if ticks < FEWEST_TICKS:
+        return missing(f"{ticks} steps of the energy counter in the window, fewer than {FEWEST_TICKS}", "J")
+    difference = end["value"] - begin["value"]
+    if difference <= 0:
+        return missing(f"the energy counter advanced by {difference} J", "J")
+    return measured(difference, "J", source="nvmlDeviceGetTotalEnergyConsumption")
+
+
+def _integral(readings: Sequence[tuple[float, float]], begin: float, end: float) -> Metric:
+    """Joules from sampled watts by the trapezoid rule; the ends, where no sample lies, by the samples' mean power."""
+    inside = [(t, watts) for t, watts in readings if begin <= t <= end]
+    if len(inside) < FEWEST_TICKS:
+        return missing(f"{len(inside)} power samples in the window, fewer than {FEWEST_TICKS}", "J")
+    area = sum((t1 - t0) * (w0 + w1) / 2 for (t0, w0), (t1, w1) in pairwise(inside))
+    span = inside[-1][0] - inside[0][0]
+    return measured(area / span * (end - begin), "J", n=len(inside))
+
+
+def _agreement(joules: Metric, integral: Metric) -> dict[str, Metric]:
+    """How far counter and integral are apart; more than :data:`SUSPECT_PCT` makes the window suspect."""
+    for figure in (joules, integral):
+        if figure["value"] is None:
+            nothing = missing(figure["reason"])
+            return {"counter_minus_integral_pct": nothing, "suspect": nothing}
+    apart = 100 * (joules["value"] - integral["value"]) / joules["value"]
+    return {"counter_minus_integral_pct": measured(apart, "%"), "suspect": measured(abs(apart) > SUSPECT_PCT)}
+
+
+# ---- from windows to figures ----------------------------------------------------------------------------------------
+
+
+def per_call(windows: Sequence[dict[str, Any]], idle: dict[str, Any]) -> dict[str, Metric]:
+    """Joules of one call: median over the windows, as drawn (`gross_j`) and above idle (`net_j`).
+
+    A window without an energy is left out; with none left the figures are null with the first one's reason.
+    """
+    usable = [w for w in windows if w["joules"]["value"] is not None]
+    if not usable:
+        nothing = missing(windows[0]["joules"]["reason"], "J")
+        return {"gross_j": nothing, "net_j": nothing}
+    detail = {
+        "source": usable[0]["joules"]["source"],
+        "suspect": any(w["suspect"]["value"] for w in usable),
+        "note": SENSOR_NOTE,
+    }
+    gross = timing.median([w["joules"]["value"] / w["calls"] for w in usable], "J", **detail)
+    resting = idle["mean_power_w"]
+    if resting["value"] is None:
+        return {"gross_j": gross, "net_j": missing(f"idle power: {resting['reason']}", "J")}
+    above = [(w["joules"]["value"] - resting["value"] * w["seconds"]) / w["calls"] for w in usable]
+    return {"gross_j": gross, "net_j": timing.median(above, "J", idle_w=resting["value"], **detail)}
+
+
+def _power(windows: Sequence[dict[str, Any]]) -> dict[str, Metric]:
+    """Average, peak and minimum of the power sampled in all windows."""
+    sampled = [w["sampled_power_w"] for w in windows]
+    usable = [power for power in sampled if power["value"] is not None]
+    keys = ("avg_power_w", "peak_power_w", "min_power_w")
+    if not usable:
+        return dict.fromkeys(keys, missing(sampled[0]["reason"], "W"))
+    n = sum(power["n"] for power in usable)
+    average = sum(power["value"] * power["n"] for power in usable) / n
+    values = (average, max(power["max"] for power in usable), min(power["min"] for power in usable))
+    return {
+        key: measured(value, "W", n=n, sensor=usable[0]["sensor"], of="decoding")
+        for key, value in zip(keys, values, strict=True)
+    }
+
+
+def _divided(figure: Metric, by: float, unit: str) -> Metric:
+    if figure["value"] is None:
+        return missing(figure["reason"], unit)
+    return measured(figure["value"] / by, unit)

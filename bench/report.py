@@ -1,0 +1,514 @@
+"""The report: its JSON, the Markdown made from it, and the summary for a terminal.
+
+report.json is one object:
+
+    schema_version      semver of this layout. A reader of 1.x can read every later 1.y: keys are added, never renamed,
+                        and never change their meaning or unit; what does that makes 2.0.0.
+    workload            figures that say what was run (model_name, batch_size, ...), and when
+    backend             "cuda" or "numpy"
+    no_gpu              null, or why no GPU was measured
+    quick               true: shorter windows and fewer samples than a quotable report needs
+    command             the command line
+    model               {config, weights, body_bytes, head_bytes}
+    parts               name of a part -> its figures; see the module of that name in edgellm_cupy.bench
+    seconds             name of a part -> how long it took
+    errors              name of a part that failed -> {reason, traceback}
+    decoder_check       how far the GPU's logits lie from the reference; null on NumPy, which is the reference
+    failures            one line for each result that was wrong; no speed that rests on one is reported
+    interrupted         true: Ctrl-C ended the run before its last part
+    summary             the keys of :data:`KEYS`, in that order, each one a figure
+
+A figure is ``{value, unit, ...}`` or ``{value: null, reason}`` (see :mod:`.metrics`). Markdown and terminal text are
+made from this object alone, so that they can be made again later.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import EdgeLLMError
+from .metrics import Metric, is_metric, missing
+
+SCHEMA_VERSION = "1.0.0"
+
+Report = dict[str, Any]
+
+KEYS = {
+    "timestamp": "workload",
+    "benchmark_version": "workload",
+    "gpu_model": "hardware",
+    "driver_version": "hardware",
+    "cuda_version": "hardware",
+    "compute_capability": "hardware",
+    "vram_total_mb": "hardware",
+    "power_limit_w": "hardware",
+    "avg_power_w": "power",
+    "peak_power_w": "power",
+    "energy_per_token_j": "power",
+    "vram_used_mb": "utilisation",
+    "host_ram_used_mb": "utilisation",
+    "pcie_h2d_per_token_bytes": "transfer",
+    "pcie_d2h_per_token_bytes": "transfer",
+    "mean_token_latency_ms": "tokens",
+    "p50_token_latency_ms": "tokens",
+    "p90_token_latency_ms": "tokens",
+    "p95_token_latency_ms": "tokens",
+    "p99_token_latency_ms": "tokens",
+    "max_token_latency_ms": "tokens",
+    "token_gap_variance_ms2": "tokens",
+    "throughput_tok_s": "tokens",
+    "throughput_1k_ctx_tok_s": "scaling",
+    "throughput_4k_ctx_tok_s": "scaling",
+    "throughput_8k_ctx_tok_s": "scaling",
+    "throughput_16k_ctx_tok_s": "scaling",
+    "throughput_degradation_slope_pct_per_1k": "scaling",
+    "kernels_per_token": "kernels",
+    "avg_kernel_exec_time_ms": "kernels",
+    "gpu_utilization_pct": "utilisation",
+    "cpu_utilization_pct": "cpu",
+    "cpu_peak_pct": "cpu",
+    "threads_used": "cpu",
+    "host_sync_calls_per_token": "kernels",
+    "model_name": "workload",
+    "batch_size": "workload",
+    "num_layers": "workload",
+    "hidden_size": "workload",
+    "quantization": "workload",
+    "sampling_method": "workload",
+    "temperature": "workload",
+    "kv_cache_enabled": "workload",
+    "os": "hardware",
+    "os_version": "hardware",
+    "nvcc_version": "reproducibility",
+    "gcc_version": "reproducibility",
+    "build_flags": "reproducibility",
+    "clock_locking": "reproducibility",
+    "persistence_mode": "hardware",
+}
+"""Every key of the summary, in its order, and the section of the report that measures it."""
+
+
+class ReportError(EdgeLLMError):
+    """A report cannot be read or written; the message names the file."""
+
+
+def summary(report: Report) -> dict[str, Metric]:
+    """The figures of :data:`KEYS` from the report's sections; null with the reason where a section lacks one."""
+    sections = {"workload": report["workload"], **report["parts"]}
+
+    def figure(key: str, section: str) -> Metric:
+        if section in report["errors"]:
+            return missing(f"part {section} failed: {report['errors'][section]['reason']}")
+        if section not in sections:
+            return missing(f"interrupted before part {section}" if report["interrupted"] else f"part {section} not run")
+        return sections[section].get(key) or missing(f"part {section} does not measure it")
+
+    return {key: figure(key, section) for key, section in KEYS.items()}
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def write(report: Report, folder: Path) -> list[Path]:
+    """Write report.json and report.md into `folder`, which is made when it is missing. Returns their paths.
+
+    Raises:
+        ReportError: the folder cannot be made, or a file cannot be written.
+    """
+    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+    return [_replace(folder / "report.json", text), _replace(folder / "report.md", markdown(report))]
+
+
+def remake(path: Path, folder: Path) -> Path:
+    """Write report.md into `folder` from the report.json at `path`. Returns its path.
+
+    Raises:
+        ReportError: see :func:`load` and :func:`write`.
+    """
+    report = load(path)
+    try:
+        text = markdown(report)
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise ReportError(f"{path}: not as this program writes it: {type(e).__name__} {e}") from e
+    return _replace(folder / "report.md", text)
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of a report, and its parents.
+
+    Raises:
+        ReportError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ReportError(f"{folder}: cannot be made: {e.strerror}") from e
+
+
+def load(path: Path) -> Report:
+    """Read a report.json.
+
+    Raises:
+        ReportError: the file is unreadable, is no report, or has a schema_version of another major number.
+    """
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ReportError(f"{path}: not a readable report: {e}") from e
+    found = report.get("schema_version") if isinstance(report, dict) else None
+    if not isinstance(found, str):
+        raise ReportError(f"{path}: not a report: it has no schema_version")
+    if found.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
+        raise ReportError(f"{path}: schema_version is {found}, this program reads {SCHEMA_VERSION.split('.')[0]}.x")
+    if lacking := [key for key in _SECTIONS if key not in report]:
+        raise ReportError(f"{path}: not a whole report: {lacking[0]!r} is missing")
+    return report
+
+
+def _replace(path: Path, text: str) -> Path:
+    """Write beside and rename: a reader sees the old file or the new one, never a half."""
+    make_folder(path.parent)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        try:
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as e:
+        raise ReportError(f"{path}: cannot be written: {e.strerror}") from e
+    return path
+
+
+# ---- Markdown -------------------------------------------------------------------------------------------------------
+
+
+def markdown(report: Report) -> str:
+    """The whole report as text; it ends with the table of the summary."""
+    lines = _header(report)
+    for name, figures in report["parts"].items():
+        lines += ["", f"## {_TITLES.get(name, name.capitalize())}", *_section(name, figures)]
+    lines += ["", "## Summary", ""]
+    lines += _table(["Metric", "Value"], [[key, _value(figure)] for key, figure in report["summary"].items()])
+    return "\n".join(lines) + "\n"
+
+
+def place(report: Report) -> str:
+    """What was measured: the GPU's name, or the NumPy backend with the CPU's name where that is known."""
+    if not report["no_gpu"]:
+        return report["summary"]["gpu_model"]["value"] or "the GPU"
+    cpu = report["parts"].get("hardware", {}).get("cpu_model", {}).get("value")
+    return f"the NumPy backend ({cpu})" if cpu else "the NumPy backend"
+
+
+def warnings(report: Report) -> list[str]:
+    """What a reader must know before any figure, one sentence each."""
+    found = []
+    if report["no_gpu"]:
+        found.append(f"No GPU was measured, everything ran in NumPy on the host: {report['no_gpu']}")
+    if report["quick"]:
+        found.append("Quick run: short windows and few samples. Do not quote it.")
+    if report["interrupted"]:
+        found.append("Interrupted: the parts that are missing did not run.")
+    found += [f"Wrong result: {failure}" for failure in report["failures"]]
+    found += [f"Part {name} failed: {error['reason']}" for name, error in report["errors"].items()]
+    return found
+
+
+def _header(report: Report) -> list[str]:
+    model, workload = report["model"], report["workload"]
+    config = model["config"]
+    lines = [f"# edgellm benchmark: {config['name']} on {place(report)}", ""]
+    for warning in warnings(report):
+        lines += [f"> **{_escape(warning)}**", ""]
+    shape = (
+        f"{config['num_layers']} layers, hidden {config['hidden_size']}, {config['num_heads']} heads, "
+        f"{config['num_kv_heads']} KV heads, intermediate {config['intermediate_size']}"
+        f"{' gated' if config['gated'] else ''}, vocabulary {config['vocab_size']}, context {config['max_context']}"
+    )
+    check = report["decoder_check"]
+    facts = {
+        "Model": shape,
+        "Weights": f"{_escape(model['weights'])}; body {model['body_bytes']} bytes, head {model['head_bytes']} bytes",
+        "Decoder against the reference": "; ".join(filter(None, [with_unit(check), _detail(check)])),
+        "When": f"{_value(workload['timestamp'])}, {sum(report['seconds'].values()):.0f} s in all",
+        "Command": f"`{_escape(report['command'])}`",
+        "Program": f"edgellm-cupy {_value(workload['benchmark_version'])}, schema {report['schema_version']}",
+    }
+    return [
+        *lines,
+        *_table(["Run", ""], [[key, value] for key, value in facts.items()]),
+        "",
+        "Intervals are 95 % confidence intervals. `null` is followed by the reason. Raw samples are in report.json.",
+    ]
+
+
+def _section(name: str, figures: dict[str, Any]) -> list[str]:
+    """A part: what its own layout or the general one makes of it, then the statistics of every series in it."""
+    lines = _latency(figures) if name == "latency" else _body(figures, "###")
+    if series := list(_all_series(figures, "")):
+        lines += ["", "### Statistics of every series", "", *_statistics(series)]
+    return lines
+
+
+_PRODUCT_COLUMNS = [
+    "product", "M x K", "operation", "activation", "cold", "/ floor", "warm", "/ floor", "GB/s", "% bandwidth",
+    "cuBLAS cold", "device", "end to end",
+]  # fmt: skip
+
+
+def _latency(figures: dict[str, Any]) -> list[str]:
+    """One line for each operation on each product; times are medians of the `kernel` series in microseconds."""
+    lines = _body({key: value for key, value in figures.items() if key != "products"}, "###")
+    rows = []
+    for layer, product in figures["products"].items():
+        for row in product["rows"]:
+            fused = row["op"] == "rmsnorm_ternary_matmul"
+            baseline = product["baselines"]["cublas_fp16" if fused else "cublas_fp16_product"]
+            rows.append([
+                layer,
+                f"{product['m']} x {product['k']}",
+                row["op"] if row["correct"] else f"{row['op']} **wrong**",
+                row["activation"],
+                *(_short(x) for l2 in ("cold", "warm") for x in (row["kernel"][l2], row["ratio_to_floor"][l2])),
+                *(_short(x) for x in (row["gb_per_s"], row["bandwidth_pct"])),
+                *(_short(x) for x in (_cold(baseline), row["device"], row["end_to_end"])),
+            ])  # fmt: skip
+    lines += ["", "### Products, batch 1, microseconds", "", *_table(_PRODUCT_COLUMNS, rows)]
+    return lines + _null_reasons(_reasons(figures["products"]))
+
+
+def _cold(baseline: Any) -> Any:
+    return baseline if is_metric(baseline) else baseline["cold"]
+
+
+def _body(figures: dict[str, Any], heading: str) -> list[str]:
+    """Single figures, those that are null by reason, tables of rows, and what is nested under its own heading."""
+    lines: list[str] = []
+    single = {key: value for key, value in figures.items() if is_metric(value) or _is_scalar(value)}
+    known = {key: value for key, value in single.items() if not _is_null(value)}
+    if known:
+        lines += ["", *_table(["Figure", "Value", "Detail"], [[k, with_unit(v), _detail(v)] for k, v in known.items()])]
+    nulls: dict[str, list[str]] = {}
+    for key, value in single.items():
+        if _is_null(value):
+            nulls.setdefault(value["reason"], []).append(f"`{key}`")
+    for reason, keys in nulls.items():
+        lines += ["", f"null: {', '.join(keys)} ({_escape(reason)})"]
+    for key, value in figures.items():
+        if _is_rows(value):
+            lines += ["", f"{heading} {key}", "", *_rows(value), *_null_reasons(_reasons(value))]
+        elif isinstance(value, dict) and value and not is_metric(value) and not _is_series(value):
+            lines += ["", f"{heading} {key}", *_body(value, heading + "#")]
+    return lines
+
+
+def _rows(rows: list[dict[str, Any]]) -> list[str]:
+    """One line for each row; what is nested in it becomes columns of their own, a series its median."""
+    flat = [_flatten(row) for row in rows]
+    columns = list(dict.fromkeys(key for row in flat for key in row))
+    return _table(columns, [[row.get(column, "") for column in columns] for row in flat])
+
+
+def _flatten(row: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    cells: dict[str, str] = {}
+    for key, value in row.items():
+        name = f"{prefix}{key}"
+        if _is_series(value) or is_metric(value) or _is_scalar(value):
+            unit = value.get("unit") if isinstance(value, dict) else None
+            cells[f"{name} ({unit})" if unit else name] = _short(value)
+        elif isinstance(value, dict):
+            cells |= _flatten(value, f"{name} ")
+        elif isinstance(value, list):
+            cells[name] = _escape(", ".join(map(str, value)))
+    return cells
+
+
+def _reasons(value: Any) -> list[str]:
+    """Why figures are null, anywhere inside `value`, each reason once. Not those inside a series."""
+    if _is_null(value):
+        return [value["reason"]]
+    if _is_series(value) or not isinstance(value, (dict, list)):
+        return []
+    inner = value.values() if isinstance(value, dict) else value
+    return list(dict.fromkeys(reason for x in inner for reason in _reasons(x)))
+
+
+def _null_reasons(reasons: list[str]) -> list[str]:
+    return ["", *(f"null: {_escape(reason)}  " for reason in reasons)] if reasons else []
+
+
+_STATISTICS = ("mean", "std", "min", "p50", "p90", "p95", "p99", "max", "variance", "gap_variance", "longest_stall")
+
+
+def _statistics(series: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Percentiles whose tail holds too few samples are left as `null` here; report.json says why."""
+    rows = []
+    for label, s in series:
+        ci = s["median"].get("ci95")
+        interval = f"{_number(ci[0])} to {_number(ci[1])}" if ci else "null"
+        numbers = [_number(s[key]["value"]) for key in _STATISTICS]
+        rows.append([label, s["unit"], str(s["n"]), _number(s["median"]["value"]), interval, *numbers])
+    return _table(["Series", "unit", "n", "median", "interval", *_STATISTICS], rows)
+
+
+def _all_series(value: Any, label: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    if _is_series(value):
+        yield label, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _all_series(inner, f"{label} {key}".strip())
+    elif _is_rows(value):
+        for row in value:
+            # A row is known by its first plain values: operation and activation, bytes and direction, a length.
+            plain = [str(inner) for inner in row.values() if _is_scalar(inner) and not isinstance(inner, bool)]
+            yield from _all_series(row, " ".join([label, *plain[:2]]).strip())
+
+
+# ---- cells ----------------------------------------------------------------------------------------------------------
+
+
+def _is_scalar(value: Any) -> bool:
+    return value is None or isinstance(value, (str, int, float))
+
+
+def _is_null(value: Any) -> bool:
+    return is_metric(value) and value["value"] is None
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+def _is_series(value: Any) -> bool:
+    """What :func:`.timing.summarise` returns."""
+    return isinstance(value, dict) and "samples" in value and "median" in value
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> list[str]:
+    def line(cells: list[str]) -> str:
+        return f"| {' | '.join(cells)} |"
+
+    return [line(columns), line(["---"] * len(columns)), *map(line, rows)]
+
+
+def _escape(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return _escape(", ".join(map(str, value))) or "none"
+    return f"{value:.6g}" if isinstance(value, float) else _escape(str(value))
+
+
+def _value(x: Any) -> str:
+    """The bare value of a figure or a scalar, or ``null (reason)``."""
+    if _is_null(x):
+        return f"null ({_escape(x['reason'])})"
+    return _number(x["value"] if is_metric(x) else x)
+
+
+def _short(x: Any) -> str:
+    """A cell of a wide table: four digits, a series its median, the reasons of nulls below the table."""
+    if _is_series(x):
+        x = x["median"]
+    value = x["value"] if is_metric(x) else x
+    if not isinstance(value, float):
+        return _number(value)
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+
+
+def with_unit(x: Any) -> str:
+    """A figure as text: its value with the unit, or ``null (reason)``."""
+    unit = x.get("unit") if is_metric(x) and x["value"] is not None else None
+    return f"{_value(x)} {unit}" if unit else _value(x)
+
+
+def _detail(x: Any) -> str:
+    """Everything that a figure says about itself beside value, unit and reason."""
+    if not is_metric(x):
+        return ""
+    said = []
+    for key, value in x.items():
+        if key == "ci95" and value:
+            said.append(f"interval {_number(value[0])} to {_number(value[1])}")
+        elif key not in ("value", "unit", "reason", "ci95") and _is_scalar(value):
+            said.append(f"{key}: {_number(value)}")
+    return "; ".join(said)
+
+
+# ---- terminal -------------------------------------------------------------------------------------------------------
+
+
+def terminal(report: Report) -> Group:
+    """A summary for a terminal of 80 columns: warnings first, then the figures that were measured."""
+    known = {key: figure for key, figure in report["summary"].items() if figure["value"] is not None}
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", style="bold")
+    table.add_column(style="dim")
+    for key in (key for key in _HEADLINES if key in known):
+        ci = known[key].get("ci95")
+        interval = f"95 %: {ci[0]:.4g} to {ci[1]:.4g}" if ci else ""
+        table.add_row(key, _with_unit_short(known[key]), interval)
+    nulls = len(report["summary"]) - len(known)
+    return Group(
+        Text(f"{report['model']['config']['name']} on {place(report)}", style="bold"),
+        *(Text(warning, style="yellow") for warning in warnings(report)),
+        Text(""),
+        table,
+        Text(""),
+        Text(f"{len(known)} of {len(report['summary'])} figures measured, {nulls} null with their reason."),
+    )
+
+
+def _with_unit_short(figure: Metric) -> str:
+    return f"{_short(figure)} {figure.get('unit', '')}".rstrip()
+
+
+_TITLES = {
+    "cpu": "CPU",
+    "kernels": "Kernels and launches",
+    "utilisation": "Utilisation and memory",
+    "power": "Power and energy",
+}
+
+_HEADLINES = (
+    "throughput_tok_s",
+    "p50_token_latency_ms",
+    "p99_token_latency_ms",
+    "throughput_1k_ctx_tok_s",
+    "throughput_4k_ctx_tok_s",
+    "throughput_8k_ctx_tok_s",
+    "throughput_16k_ctx_tok_s",
+    "throughput_degradation_slope_pct_per_1k",
+    "energy_per_token_j",
+    "avg_power_w",
+    "peak_power_w",
+    "kernels_per_token",
+    "avg_kernel_exec_time_ms",
+    "host_sync_calls_per_token",
+    "gpu_utilization_pct",
+    "cpu_utilization_pct",
+    "vram_used_mb",
+    "host_ram_used_mb",
+)
+"""What the terminal shows of the summary, where it was measured."""
+
+_SECTIONS = (
+    "workload", "backend", "no_gpu", "quick", "command", "model", "decoder_check", "parts", "seconds", "errors",
+    "failures", "interrupted", "summary",
+)  # fmt: skip

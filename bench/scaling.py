@@ -1,0 +1,133 @@
+"""How decoding slows down with the context: one token's time at growing depths of a real KV cache, and its slope.
+
+The cache is filled with random keys and values, which cost attention the same as real ones. A context beyond
+`ModelConfig.max_context` is marked ``synthetic``: the model was never made for it, only its cost is real.
+
+Results of :func:`run`:
+
+    rows                the depths, each with its token times, tokens/s, bytes of KV cache and whether it is synthetic
+    fit                 the straight line through the medians of all depths (:class:`Fit`)
+    throughput_*_ctx_tok_s, throughput_degradation_slope_pct_per_1k
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import timing
+from .context import Context
+from .metrics import measured
+from .tokens import WARM_UP_TOKENS, decode_times
+
+REPORTED = {"1k": 1024, "4k": 4096, "8k": 8192, "16k": 16384}
+DEPTHS = (1024, 2048, 4096, 8192, 12288, 16384)
+"""Two more than are reported: with four points the slope's interval would rest on two degrees of freedom."""
+
+_TOKENS = {"cuda": 256, "numpy": 20}  # timed at each depth
+_TOKENS_QUICK = 8
+
+SLOPE_DEFINITION = (
+    "ordinary least squares of the median ms per token against context, over all depths; the slope for 1,024 more "
+    "tokens of context, in per cent of the fitted time at 1,024 tokens; positive: slower; 95 % t interval"
+)
+# Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom: as many as len(DEPTHS) - 2 can be.
+_T95 = (12.706, 4.303, 3.182, 2.776)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """ms per token = ms_at_1k + ms_per_1k * (context - 1024) / 1024.
+
+    Attributes:
+        ms_at_1k: fitted time of a token at a context of 1,024 tokens.
+        ms_per_1k: milliseconds more for each 1,024 tokens of context.
+        pct_per_1k: 100 * ms_per_1k / ms_at_1k.
+        ms_per_1k_ci95, pct_per_1k_ci95: 95 % t intervals; the second by the delta method. The residuals are those of
+            the medians around the line, so a bend of the true curve widens the interval.
+        degrees_of_freedom: points - 2.
+    """
+
+    ms_at_1k: float
+    ms_per_1k: float
+    pct_per_1k: float
+    ms_per_1k_ci95: tuple[float, float]
+    pct_per_1k_ci95: tuple[float, float]
+    degrees_of_freedom: int
+
+
+def fit_line(contexts: Sequence[int], ms: Sequence[float]) -> Fit:
+    """Ordinary least squares of `ms` against `contexts` (tokens); 3 to `len(DEPTHS)` points.
+
+    Raises:
+        ValueError: another number of points, or a fitted time at 1k that is not positive.
+    """
+    degrees = len(contexts) - 2
+    if not 1 <= degrees <= len(_T95) or len(ms) != len(contexts):
+        raise ValueError(f"{len(contexts)} contexts and {len(ms)} times, expected 3 to {len(_T95) + 2} of each")
+    thousands = (np.asarray(contexts, np.float64) - 1024) / 1024
+    design = np.stack([np.ones_like(thousands), thousands], axis=1)
+    inverse = np.linalg.inv(design.T @ design)
+    at_1k, per_1k = inverse @ design.T @ np.asarray(ms, np.float64)
+    if at_1k <= 0:
+        raise ValueError(f"the fitted time at 1k is {at_1k} ms: the times do not grow like a line")
+    residuals = np.asarray(ms) - design @ (at_1k, per_1k)
+    covariance = inverse * (residuals @ residuals) / degrees
+    gradient = np.array([-per_1k / at_1k, 1]) / at_1k  # of per_1k / at_1k by (at_1k, per_1k)
+    t = _T95[degrees - 1]
+
+    def interval(centre: float, variance: float) -> tuple[float, float]:
+        half = t * float(np.sqrt(variance))
+        return float(centre) - half, float(centre) + half
+
+    return Fit(
+        ms_at_1k=float(at_1k),
+        ms_per_1k=float(per_1k),
+        pct_per_1k=float(100 * per_1k / at_1k),
+        ms_per_1k_ci95=interval(per_1k, covariance[1, 1]),
+        pct_per_1k_ci95=interval(100 * per_1k / at_1k, 1e4 * (gradient @ covariance @ gradient)),
+        degrees_of_freedom=degrees,
+    )
+
+
+def run(ctx: Context) -> dict[str, Any]:
+    """Token times at each depth of :data:`DEPTHS`, and the line through them. Milliseconds and tokens a second."""
+    tokens = _TOKENS_QUICK if ctx.quick else _TOKENS[ctx.backend]
+    # One cache for all depths: a graph that was captured for it serves every length.
+    cache = ctx.model.new_cache(DEPTHS[-1] + tokens)
+    _row(ctx, cache, DEPTHS[0], tokens)  # clocks rise, memory is touched for the first time
+    rows = [_row(ctx, cache, depth, tokens) for depth in DEPTHS]
+    line = fit_line(DEPTHS, [row["latency"]["median"]["value"] for row in rows])
+    tok_s = {row["context"]: row["tok_s"] for row in rows}
+    slope = measured(line.pct_per_1k, "%", n=len(rows), ci95=list(line.pct_per_1k_ci95), definition=SLOPE_DEFINITION)
+    return {
+        "rows": rows,
+        "fit": {
+            "ms_at_1k": measured(line.ms_at_1k, "ms"),
+            "ms_per_1k": measured(line.ms_per_1k, "ms", ci95=list(line.ms_per_1k_ci95)),
+            "degrees_of_freedom": line.degrees_of_freedom,
+        },
+        **{f"throughput_{name}_ctx_tok_s": tok_s[depth] for name, depth in REPORTED.items()},
+        "throughput_degradation_slope_pct_per_1k": slope,
+    }
+
+
+def _row(ctx: Context, cache: Any, depth: int, tokens: int) -> dict[str, Any]:
+    """`tokens` tokens around `depth`: half of them are decoded before the context reaches it."""
+    ctx.progress(f"context {depth}")
+    cache.fill_random(depth - tokens // 2 - WARM_UP_TOKENS)
+    latency = timing.summarise(decode_times(ctx, cache, tokens), "ms")
+    middle = latency["median"]
+    interval = [1e3 / limit for limit in reversed(middle["ci95"])] if middle["ci95"] else None
+    synthetic = depth > ctx.config.max_context
+    return {
+        "context": depth,
+        "synthetic": synthetic,
+        "latency": latency,
+        "tok_s": measured(1e3 / middle["value"], "tok/s", n=tokens, ci95=interval, context=depth, synthetic=synthetic),
+        # Of a cache that is just long enough; the one measured on is as long as the largest context needs.
+        "kv_cache_bytes": measured(cache.nbytes * depth // cache.max_len, "bytes"),
+    }

@@ -1,0 +1,302 @@
+"""Samples of a duration: taking them until they are precise enough, and saying what they are worth.
+
+Three series, never mixed:
+
+    kernel       launches inside a CUDA graph, between two events, divided by their number
+    device       two events around one operation as a user calls it, the cost of enqueuing included
+    end_to_end   wall clock, host arrays in and out
+
+All arithmetic is on the host, so the same statistics serve the NumPy backend's :func:`wall_clock`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .metrics import Metric, measured, missing
+
+SMALLEST_TAIL = 10  # samples that must lie beyond a percentile before it is worth reporting
+GRAPH_LAUNCHES = 50  # fewest launches in a graph, so that its own start (about 5 us) is spread thin
+COLD_L2_FACTOR = 3  # a cold rotation touches this many times the L2
+
+
+@dataclass(frozen=True)
+class StopRule:
+    """When a series has enough samples.
+
+    Attributes:
+        relative_error: stop once the standard error of the mean, over the mean, is at most this ...
+        min_samples, min_seconds: ... and there are that many samples, and that much time has passed;
+        max_seconds: or when this much time has passed, precise or not;
+        max_samples: or at this many samples, which p99 can rest on and a report can still hold.
+    """
+
+    relative_error: float = 0.005
+    min_samples: int = 30
+    min_seconds: float = 0.1
+    max_seconds: float = 0.5
+    max_samples: int = 2000
+
+
+QUICK = StopRule(relative_error=0.02, min_samples=20, min_seconds=0.02, max_seconds=0.2)
+
+
+@dataclass
+class Samples:
+    """Raw samples in order.
+
+    Attributes:
+        unit: of the values, ``"us"`` or ``"ms"``.
+        values: the samples.
+        at_s: when each was complete, seconds after the series began.
+        stop: why the series ended, in words.
+    """
+
+    unit: str
+    values: list[float] = field(default_factory=list)
+    at_s: list[float] = field(default_factory=list)
+    stop: str = ""
+
+    @property
+    def relative_error(self) -> float:
+        """Standard error of the mean over the mean; infinite below two samples or for a mean of zero."""
+        n = len(self.values)
+        mean = float(np.mean(self.values)) if n > 1 else 0.0
+        return float(np.std(self.values, ddof=1)) / math.sqrt(n) / mean if mean > 0 else math.inf
+
+    def summary(self, **detail: Any) -> dict[str, Any]:
+        """See :func:`summarise`."""
+        return summarise(self.values, self.unit, at_s=self.at_s, stop=self.stop, **detail)
+
+
+def take(sample: Callable[[], float], unit: str, rule: StopRule) -> Samples:
+    """Call `sample`, which returns one duration in `unit`, until `rule` is content."""
+    series = Samples(unit)
+    start = time.perf_counter()
+    check_at = rule.min_samples
+    while not series.stop:
+        series.values.append(sample())
+        elapsed = time.perf_counter() - start
+        series.at_s.append(elapsed)
+        if elapsed >= rule.max_seconds or len(series.values) >= rule.max_samples:
+            limit = f"{rule.max_seconds:g} s" if elapsed >= rule.max_seconds else f"{rule.max_samples} samples"
+            error = f"{series.relative_error:.2%}" if len(series.values) > 1 else "unknown"
+            series.stop = f"limit of {limit} reached, relative standard error {error}"
+        elif len(series.values) >= check_at and elapsed >= rule.min_seconds:
+            # Looking at every sample would cost more than the samples; every tenth more is often enough.
+            check_at = len(series.values) + max(1, len(series.values) // 10)
+            if series.relative_error <= rule.relative_error:
+                series.stop = f"relative standard error {series.relative_error:.2%} after {elapsed:.2f} s"
+    return series
+
+
+# ---- statistics -----------------------------------------------------------------------------------------------------
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """A 95 % confidence interval of the median from order statistics, whatever the distribution.
+
+    The r-th smallest and r-th largest sample, with the largest r for which the true median lies outside with a
+    probability of at most 5 % (binomial, exact). None below six samples, where even the range covers less.
+    """
+    n = len(values)
+    # tail / 2**n: the probability that fewer than `rank` samples lie below the median; one side may have 2.5 %.
+    tail, term, rank, allowed = 0, 1, 0, 2**n // 40
+    while tail + term <= allowed:
+        tail += term
+        term = term * (n - rank) // (rank + 1)
+        rank += 1
+    if rank == 0:
+        return None
+    ordered = sorted(values)
+    return ordered[rank - 1], ordered[n - rank]
+
+
+def percentile(values: Sequence[float], p: float, unit: str) -> Metric:
+    """The p-th percentile (50 < p < 100), or null where fewer than :data:`SMALLEST_TAIL` samples lie beyond it."""
+    n = len(values)
+    beyond = int(n * (100 - p) / 100 + 1e-9)
+    if beyond < SMALLEST_TAIL:
+        return missing(f"{n} samples put {beyond} beyond p{p:g}, fewer than {SMALLEST_TAIL}", unit)
+    return measured(float(np.percentile(values, p)), unit, n=n)
+
+
+def median(values: Sequence[float], unit: str, **detail: Any) -> Metric:
+    """The median with its interval as `ci95`, which is null with `ci95_reason` below six samples."""
+    interval = median_interval(values)
+    ci: dict[str, Any] = {"ci95": list(interval)} if interval else {"ci95": None, "ci95_reason": "fewer than 6 samples"}
+    return measured(float(np.median(values)), unit, n=len(values), **ci, **detail)
+
+
+def summarise(values: Sequence[float], unit: str, at_s: Sequence[float] = (), **detail: Any) -> dict[str, Any]:
+    """Every figure that a report may want of one series, and the raw samples; `detail` is added as it is.
+
+    Keys: unit, n, median and p50 (with ci95), mean, std, min, max, p90, p95, p99, p99_minus_p50, variance, iqr, mad
+    (median absolute deviation), gap_variance (of the differences of neighbours), longest_stall (how far the largest
+    sample lies above the median, with its index and, where `at_s` tells it, the seconds since the series began),
+    samples (all of them, in order).
+
+    Raises:
+        ValueError: no samples, or one that is not finite: a failed measurement must not become a figure.
+    """
+    if not len(values) or not np.isfinite(values).all():
+        raise ValueError(f"{len(values)} samples, of which {int(np.isfinite(values).sum())} finite: nothing to report")
+    v = np.asarray(values, dtype=np.float64)
+    n, square = len(v), f"{unit}^2"
+
+    def spread(value: float, u: str, needed: int = 2) -> Metric:
+        return measured(float(value), u) if n >= needed else missing(f"needs {needed} samples, has {n}", u)
+
+    mid = float(np.median(v))
+    p50, p99 = median(values, unit), percentile(values, 99, unit)
+    worst = int(v.argmax())
+    return {
+        "unit": unit,
+        "n": n,
+        "median": p50,
+        "mean": measured(float(v.mean()), unit),
+        "std": spread(v.std(ddof=1) if n > 1 else 0.0, unit),
+        "min": measured(float(v.min()), unit),
+        "max": measured(float(v.max()), unit),
+        "p50": p50,
+        "p90": percentile(values, 90, unit),
+        "p95": percentile(values, 95, unit),
+        "p99": p99,
+        "p99_minus_p50": missing(p99["reason"], unit) if p99["value"] is None else measured(p99["value"] - mid, unit),
+        "variance": spread(v.var(ddof=1) if n > 1 else 0.0, square),
+        "iqr": spread(float(np.subtract(*np.percentile(v, [75, 25]))), unit),
+        "mad": spread(float(np.median(np.abs(v - mid))), unit),
+        "gap_variance": spread(np.diff(v).var(ddof=1) if n > 2 else 0.0, square, needed=3),
+        "longest_stall": measured(
+            float(v[worst]) - mid, unit, index=worst, **({"at_s": round(at_s[worst], 6)} if len(at_s) else {})
+        ),
+        **detail,
+        "samples": [float(f"{s:.6g}") for s in v],
+    }
+
+
+# ---- host -----------------------------------------------------------------------------------------------------------
+
+
+def wall_clock(call: Callable[[], Any], rule: StopRule, unit: str = "us") -> Samples:
+    """Wall-clock samples of `call`, after two calls that warm it up."""
+    scale = {"us": 1e6, "ms": 1e3}[unit]
+
+    def sample() -> float:
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * scale
+
+    for _ in range(2):
+        call()
+    return take(sample, unit, rule)
+
+
+# ---- device ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Calls that a graph goes through in turn, each on its own copy of the data.
+
+    Attributes:
+        calls: enqueue the same work on one copy each.
+        bytes: bytes of one copy.
+        l2: ``"cold"`` when all copies together exceed :data:`COLD_L2_FACTOR` times the L2, else ``"warm"``.
+    """
+
+    calls: Sequence[Callable[[], Any]]
+    bytes: int
+    l2: str
+
+    @property
+    def launches(self) -> int:
+        """Calls in one graph: whole rounds, at least :data:`GRAPH_LAUNCHES`."""
+        return math.ceil(GRAPH_LAUNCHES / len(self.calls)) * len(self.calls)
+
+
+def l2_bytes() -> int:
+    """Bytes of the current device's L2 cache, as the driver reports them."""
+    import cupy as cp
+
+    return int(cp.cuda.runtime.getDeviceProperties(cp.cuda.runtime.getDevice())["l2CacheSize"])
+
+
+def cold_copies(copy_bytes: int, l2: int) -> int:
+    """How many copies of `copy_bytes` exceed :data:`COLD_L2_FACTOR` times `l2` bytes."""
+    return COLD_L2_FACTOR * l2 // copy_bytes + 1
+
+
+def capture(rotation: Rotation) -> Any:
+    """A `cupy.cuda.Graph` of `rotation.launches` calls. Each call ran once before: compiled, allocated, warm."""
+    import cupy as cp
+
+    for call in rotation.calls:
+        call()
+    cp.cuda.Device().synchronize()
+    stream = cp.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        for i in range(rotation.launches):
+            rotation.calls[i % len(rotation.calls)]()
+        graph = stream.end_capture()
+    graph.upload(stream)
+    stream.synchronize()
+    return graph
+
+
+def kernel(rotation: Rotation, rule: StopRule, prepare: Callable[[], Any] | None = None) -> dict[str, Any]:
+    """The `kernel` series in microseconds a call: one sample is one replay of the graph, divided by its calls.
+
+    It includes what the graph needs between two nodes (0.8 us on an H200, as an empty kernel shows). `prepare` is
+    called between the capture and the first replay, for example to poison the result that the graph has to write.
+    """
+    graph = capture(rotation)
+    if prepare:
+        prepare()
+    series = _between_events(graph.launch, rule, rotation.launches)
+    return series.summary(
+        series="kernel",
+        method="CUDA graph between events",
+        l2=rotation.l2,
+        launches_per_sample=rotation.launches,
+        copies=len(rotation.calls),
+        bytes_touched=rotation.bytes * len(rotation.calls),
+        l2_bytes=l2_bytes(),
+    )
+
+
+def device(call: Callable[[], Any], rule: StopRule) -> dict[str, Any]:
+    """The `device` series in microseconds: two events around one call, the GPU idle before it."""
+    return _between_events(call, rule, 1).summary(series="device", method="events around one call")
+
+
+def end_to_end(call: Callable[[], Any], rule: StopRule) -> dict[str, Any]:
+    """The `end_to_end` series in microseconds: wall clock around a `call` that copies in, works, copies out, waits."""
+    return wall_clock(call, rule).summary(series="end_to_end", method="wall clock, pinned host arrays")
+
+
+def _between_events(call: Callable[[], Any], rule: StopRule, divisor: int) -> Samples:
+    import cupy as cp
+
+    stream = cp.cuda.Stream(non_blocking=True)
+    start, stop = cp.cuda.Event(), cp.cuda.Event()
+
+    def sample() -> float:
+        start.record(stream)
+        call()
+        stop.record(stream)
+        stop.synchronize()
+        return float(cp.cuda.get_elapsed_time(start, stop)) * 1e3 / divisor
+
+    cp.cuda.Device().synchronize()  # what other streams prepared must be there before this one reads it
+    with stream:
+        for _ in range(3):
+            sample()
+        return take(sample, "us", rule)

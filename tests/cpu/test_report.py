@@ -1,0 +1,236 @@
+"""The report: its keys, what a figure may be, and the files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import edgellm_cupy as ec
+from edgellm_cupy.bench import cpu, hardware, report, scaling, suite, tokens
+from edgellm_cupy.bench.context import Context, WrongResultError
+from edgellm_cupy.bench.metrics import is_metric, measured
+from edgellm_cupy.bench.reproducibility import infer_clock_locking
+from edgellm_cupy.formats.checkpoint import Checkpoint
+
+# Copied from the original's final report, so that a renamed key cannot slip through.
+KEYS = [
+    "timestamp", "benchmark_version", "gpu_model", "driver_version", "cuda_version", "compute_capability",
+    "vram_total_mb", "power_limit_w", "avg_power_w", "peak_power_w", "energy_per_token_j", "vram_used_mb",
+    "host_ram_used_mb", "pcie_h2d_per_token_bytes", "pcie_d2h_per_token_bytes", "mean_token_latency_ms",
+    "p50_token_latency_ms", "p90_token_latency_ms", "p95_token_latency_ms", "p99_token_latency_ms",
+    "max_token_latency_ms", "token_gap_variance_ms2", "throughput_tok_s", "throughput_1k_ctx_tok_s",
+    "throughput_4k_ctx_tok_s", "throughput_8k_ctx_tok_s", "throughput_16k_ctx_tok_s",
+    "throughput_degradation_slope_pct_per_1k", "kernels_per_token", "avg_kernel_exec_time_ms", "gpu_utilization_pct",
+    "cpu_utilization_pct", "cpu_peak_pct", "threads_used", "host_sync_calls_per_token", "model_name", "batch_size",
+    "num_layers", "hidden_size", "quantization", "sampling_method", "temperature", "kv_cache_enabled", "os",
+    "os_version", "nvcc_version", "gcc_version", "build_flags", "clock_locking", "persistence_mode",
+]  # fmt: skip
+NO_GPU = "the NumPy backend was asked for"
+
+
+def context() -> Context:
+    config = ec.ModelConfig("tiny", 2, 64, 128, 4, 2, 16, 256, max_context=128)
+    return Context(Checkpoint.random(config), NO_GPU, quick=True)
+
+
+@pytest.fixture(scope="module")
+def whole() -> report.Report:
+    return suite.run(context(), command="edgellm bench --quick")
+
+
+def summary_table(text: str) -> list[str]:
+    return text.rpartition("| Metric | Value |\n| --- | --- |\n")[2].splitlines()
+
+
+# ---- the whole report -----------------------------------------------------------------------------------------------
+
+
+def test_the_whole_benchmark_runs_without_a_gpu(whole):
+    assert whole["errors"] == {}
+    assert whole["failures"] == []
+    assert list(whole["parts"]) == list(suite.PARTS)
+    assert suite.exit_code(whole) == 0
+
+
+def test_summary_has_exactly_the_original_keys_in_their_order(whole):
+    assert list(whole["summary"]) == KEYS
+
+
+def test_every_figure_is_a_value_or_null_with_its_reason(whole):
+    def figures(x):
+        if is_metric(x):
+            yield x
+        elif isinstance(x, (dict, list)):
+            for inner in x.values() if isinstance(x, dict) else x:
+                yield from figures(inner)
+
+    seen = list(figures(whole))
+    assert len(seen) > 200
+    for figure in seen:
+        if figure["value"] is None:
+            assert isinstance(figure["reason"], str)
+            assert figure["reason"]
+        else:
+            assert isinstance(figure["value"], (str, int, float, bool, list))
+            assert figure["value"] != "N/A"
+            assert "reason" not in figure
+
+
+def test_host_figures_are_measured_and_gpu_figures_null(whole):
+    summary = whole["summary"]
+    for key in ("throughput_tok_s", "throughput_16k_ctx_tok_s", "mean_token_latency_ms", "cpu_utilization_pct"):
+        assert summary[key]["value"] > 0
+    for key in ("gpu_model", "vram_used_mb", "energy_per_token_j", "kernels_per_token", "persistence_mode"):
+        assert summary[key]["value"] is None
+        assert NO_GPU in summary[key]["reason"]
+
+
+def test_timestamp_and_version_are_machine_readable(whole):
+    from datetime import datetime
+
+    assert datetime.fromisoformat(whole["summary"]["timestamp"]["value"]).utcoffset().total_seconds() == 0
+    assert [int(number) for number in whole["schema_version"].split(".")] == [1, 0, 0]
+
+
+# ---- parts that fail ------------------------------------------------------------------------------------------------
+
+
+def test_a_part_that_raises_loses_only_its_own_figures(monkeypatch):
+    def broken(ctx):
+        raise RuntimeError("the sensor is on fire\nsecond line")
+
+    monkeypatch.setattr(scaling, "run", broken)
+    result = suite.run(context(), ["hardware", "scaling", "cpu"])
+    assert suite.exit_code(result) == 6
+    assert "the sensor is on fire second line" in result["summary"]["throughput_4k_ctx_tok_s"]["reason"]
+    assert "Traceback" in result["errors"]["scaling"]["traceback"]
+    assert result["summary"]["cpu_utilization_pct"]["value"] > 0
+    assert "part tokens not run" in result["summary"]["throughput_tok_s"]["reason"]
+    assert "sensor is on fire" in report.markdown(result)
+
+
+def test_a_figure_that_json_cannot_hold_does_not_cost_the_report(monkeypatch):
+    monkeypatch.setattr(hardware, "run", lambda ctx: {"gpu_model": {"value": float("nan")}})
+    result = suite.run(context(), ["hardware"])
+    assert suite.exit_code(result) == 6
+    json.dumps(result, allow_nan=False)
+
+
+def test_a_wrong_result_ends_with_4_and_no_speed_that_rests_on_it(monkeypatch):
+    def wrong(ctx):
+        raise WrongResultError("qkv: y[3] is 7, expected 1")
+
+    monkeypatch.setattr(hardware, "run", wrong)
+    result = suite.run(context(), ["hardware", "tokens"])
+    assert suite.exit_code(result) == 4
+    assert result["failures"] == ["qkv: y[3] is 7, expected 1"]
+    assert result["summary"]["throughput_tok_s"]["value"] is None
+    assert "Wrong result: qkv: y[3] is 7" in report.markdown(result)
+
+
+def test_ctrl_c_keeps_what_is_finished(monkeypatch):
+    def interrupted(ctx):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokens, "run", interrupted)
+    result = suite.run(context(), ["hardware", "tokens", "cpu"])
+    assert suite.exit_code(result) == 130
+    assert result["summary"]["os"]["value"]
+    assert result["summary"]["cpu_peak_pct"]["reason"] == "interrupted before part cpu"
+    assert "Interrupted" in report.markdown(result)
+
+
+# ---- Markdown and files ---------------------------------------------------------------------------------------------
+
+
+def test_markdown_ends_with_the_summary(whole):
+    rows = summary_table(report.markdown(whole))
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == KEYS
+    for key, row in zip(KEYS, rows, strict=True):
+        cell = row.removeprefix(f"| {key} | ").removesuffix(" |")
+        figure = whole["summary"][key]
+        assert cell.startswith("null (") == (figure["value"] is None)
+        assert cell
+
+
+def test_markdown_says_first_that_no_gpu_was_measured(whole):
+    heading, _, warning = report.markdown(whole).splitlines()[:3]
+    assert "NumPy backend" in heading
+    assert "No GPU was measured" in warning
+
+
+def test_a_value_with_a_bar_or_a_line_break_stays_one_cell(whole):
+    changed = {**whole, "summary": {**whole["summary"], "os": measured("a | b\nc")}}
+    assert "| os | a \\| b c |" in summary_table(report.markdown(changed))
+
+
+def test_markdown_is_made_from_the_json_alone(whole, tmp_path):
+    json_file, markdown_file = report.write(whole, tmp_path)
+    written = markdown_file.read_text(encoding="utf-8")
+    markdown_file.unlink()
+    report.remake(json_file, tmp_path)
+    assert markdown_file.read_text(encoding="utf-8") == written == report.markdown(whole)
+
+
+def test_writing_leaves_the_old_file_or_the_new_one(whole, tmp_path, monkeypatch):
+    report.write(whole, tmp_path)
+    old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(old) == {"report.json", "report.md"}
+
+    def full(self, text, encoding):
+        with self.open("w", encoding=encoding) as f:
+            f.write(text[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(report.ReportError, match="No space left"):
+        report.write(whole, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not a readable report"),
+        ("[]", "no schema_version"),
+        ('{"schema_version": "2.0.0"}', "2.0.0"),
+        ('{"schema_version": "1.0.0"}', "'workload' is missing"),
+    ],
+)
+def test_load_refuses_what_is_no_report(tmp_path, text, message):
+    file = tmp_path / "x.json"
+    file.write_text(text)
+    with pytest.raises(report.ReportError, match=message):
+        report.load(file)
+
+
+def test_a_damaged_report_is_an_error_of_its_own(whole, tmp_path):
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps({**whole, "summary": 7}))
+    with pytest.raises(report.ReportError, match="not as this program writes it"):
+        report.remake(file, tmp_path)
+
+
+# ---- figures of the small parts -------------------------------------------------------------------------------------
+
+
+def test_busy_windows_are_at_least_as_long_as_asked():
+    # Half busy for 0.1 s, then fully busy for 0.1 s, then a rest too short for a window.
+    stamps = [(0.0, 0.0), (0.06, 0.03), (0.1, 0.05), (0.2, 0.15), (0.22, 0.15)]
+    assert cpu.busy_pct(stamps, 0.1) == pytest.approx([50, 100])
+
+
+@pytest.mark.parametrize(
+    ("clocks", "highest", "slowed", "value"),
+    [
+        ([1500, 1980, 1755], 1980, [], "inferred: not locked, 1500 to 1980 MHz under load"),
+        ([1500] * 3, 1980, [], "inferred: locked at 1500 MHz, below the highest 1980 MHz"),
+        ([1500] * 3, 1980, ["SwPowerCap"], None),
+        ([1980] * 3, 1980, [], None),
+        ([1500] * 3, None, [], None),
+    ],
+)
+def test_clock_locking_is_inferred_or_null(clocks, highest, slowed, value):
+    assert infer_clock_locking(clocks, highest, slowed)["value"] == value

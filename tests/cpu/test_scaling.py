@@ -1,0 +1,82 @@
+"""The line through token times: known answers, and intervals that hold what they promise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import edgellm_cupy as ec
+from edgellm_cupy.bench import scaling
+from edgellm_cupy.bench.context import Context
+from edgellm_cupy.formats.checkpoint import Checkpoint
+
+DEPTHS = np.array(scaling.DEPTHS)
+
+
+def times(ms_at_1k: float, ms_per_1k: float) -> np.ndarray:
+    return ms_at_1k + ms_per_1k * (DEPTHS - 1024) / 1024
+
+
+def test_points_on_a_line_give_that_line():
+    fit = scaling.fit_line(scaling.DEPTHS, times(2.0, 0.05))
+    assert fit.ms_at_1k == pytest.approx(2.0)
+    assert fit.ms_per_1k == pytest.approx(0.05)
+    assert fit.pct_per_1k == pytest.approx(2.5)
+    assert fit.ms_per_1k_ci95 == pytest.approx((0.05, 0.05))
+    assert fit.degrees_of_freedom == len(DEPTHS) - 2
+
+
+def test_every_point_counts_not_only_the_ends():
+    bent = times(2.0, 0.05)
+    bent[2] += 1.0
+    fit = scaling.fit_line(scaling.DEPTHS, bent)
+    assert fit.ms_per_1k != pytest.approx(0.05, rel=1e-3)
+    assert fit.ms_per_1k_ci95[0] < 0.05 < fit.ms_per_1k_ci95[1]
+
+
+def test_agrees_with_a_textbook_example():
+    # y = 1, 3, 4 at x = 0, 1, 2: slope 1.5, intercept 7/6, residual sum of squares 1/6, one degree of freedom.
+    fit = scaling.fit_line([1024, 2048, 3072], [1, 3, 4])
+    half = 12.706 * np.sqrt((1 / 6) / 2)
+    assert fit.ms_per_1k == pytest.approx(1.5)
+    assert fit.ms_at_1k == pytest.approx(7 / 6)
+    assert fit.ms_per_1k_ci95 == pytest.approx((1.5 - half, 1.5 + half), rel=1e-4)
+
+
+def test_intervals_cover_the_truth_19_times_in_20():
+    rng = np.random.default_rng(0)
+    runs, covered_ms, covered_pct = 2000, 0, 0
+    for _ in range(runs):
+        fit = scaling.fit_line(scaling.DEPTHS, times(2.0, 0.05) + rng.normal(0, 0.02, len(DEPTHS)))
+        covered_ms += fit.ms_per_1k_ci95[0] <= 0.05 <= fit.ms_per_1k_ci95[1]
+        covered_pct += fit.pct_per_1k_ci95[0] <= 2.5 <= fit.pct_per_1k_ci95[1]
+    assert 0.935 < covered_ms / runs < 0.965
+    assert 0.935 < covered_pct / runs < 0.965
+
+
+@pytest.mark.parametrize("points", [0, 2, 7])
+def test_refuses_a_number_of_points_that_it_has_no_interval_for(points):
+    with pytest.raises(ValueError, match=f"{points} contexts"):
+        scaling.fit_line(range(1024, 1024 * (points + 1), 1024), [1.0] * points)
+
+
+def test_refuses_times_that_make_no_line():
+    with pytest.raises(ValueError, match="fitted time at 1k"):
+        scaling.fit_line([1024, 2048, 3072], [-1, 0, 1])
+
+
+def test_run_reports_every_context_and_marks_those_beyond_the_model():
+    config = ec.ModelConfig("tiny", 2, 64, 128, 4, 2, 16, 256, max_context=4096)
+    figures = scaling.run(Context(Checkpoint.random(config), "not asked for", quick=True))
+    rows = {row["context"]: row for row in figures["rows"]}
+    assert tuple(rows) == scaling.DEPTHS
+    assert [depth for depth, row in rows.items() if row["synthetic"]] == [8192, 12288, 16384]
+    # Keys and values of two layers, two KV heads of 16 features, four bytes each.
+    assert rows[1024]["kv_cache_bytes"]["value"] == 2 * 2 * 2 * 16 * 4 * 1024
+    for name, depth in scaling.REPORTED.items():
+        figure = figures[f"throughput_{name}_ctx_tok_s"]
+        assert figure["value"] == pytest.approx(1e3 / rows[depth]["latency"]["median"]["value"])
+        assert figure["ci95"][0] <= figure["value"] <= figure["ci95"][1]
+    slope = figures["throughput_degradation_slope_pct_per_1k"]
+    assert slope["ci95"][0] < slope["value"] < slope["ci95"][1]
+    assert "least squares" in slope["definition"]
