@@ -53,7 +53,7 @@ __device__ __forceinline__ void attend(const X* q, int q_pitch, const X* keys, c
       float score[kGroup] = {};
 #pragma unroll 4
       for (int d = 0; d < kDim; d += 4) {
-        const float4 k = load4(key + d);
+        const float4 k = load4_or_zero(key, d, kDim, true);
 #pragma unroll
         for (int g = 0; g < kGroup; ++g) {
           score[g] += query[g][d] * k.x + query[g][d + 1] * k.y + query[g][d + 2] * k.z + query[g][d + 3] * k.w;

@@ -13,8 +13,8 @@ __device__ __forceinline__ void rmsnorm(const X* x, const Gamma<X>& gamma, void*
   const bool aligned = rows_aligned(x, K);
   for (int n = blockIdx.x; n < N; n += gridDim.x) {
     TokenScale scale;
-    Held<0> held;
-    token_scales<X, true, false, 1, kThreads>(&scale, held, x, gamma, n, N, K, eps, aligned);
+    Held<X, 0> held;
+    token_scales<true, false, 1, kThreads>(&scale, held, x, gamma, n, N, K, eps, aligned);
     const X* row = x + (long long)n * K;
     for (int k = 4 * threadIdx.x; k < K; k += 4 * kThreads) {
       const float4 v = ((load4_or_zero(row, k, K, aligned) * scale.pre) * scale.factor) * gamma.at(k, K);

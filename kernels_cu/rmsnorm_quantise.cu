@@ -14,8 +14,8 @@ __device__ __forceinline__ void quantise(const X* x, const Gamma<X>& gamma, int*
   const int width = (K + 63) / 64 * 64;
   for (int n = blockIdx.x; n < N; n += gridDim.x) {
     TokenScale scale;
-    Held<0> held;
-    token_scales<X, kNorm, true, 1, kThreads>(&scale, held, x, gamma, n, N, K, eps, aligned);
+    Held<X, 0> held;
+    token_scales<kNorm, true, 1, kThreads>(&scale, held, x, gamma, n, N, K, eps, aligned);
     const X* row = x + (long long)n * K;
     for (int k = 4 * threadIdx.x; k < width; k += 4 * kThreads) {
       float4 v = load4_or_zero(row, k, K, aligned) * scale.pre;

@@ -105,7 +105,7 @@ def loaded() -> tuple[Kernel, ...]:
 # ---- counting -------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)  # open counters are told apart by identity
 class LaunchCounter:
     """Launches made by this package while the counter was open.
 

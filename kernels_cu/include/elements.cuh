@@ -29,59 +29,104 @@ __device__ __forceinline__ void store_as(void* y, long long i, float v, int dtyp
   }
 }
 
-__device__ __forceinline__ float load_as(const void* p, long long i, int dtype) {
-  if (dtype == kFloat16) return to_float(static_cast<const __half*>(p)[i]);
-  if (dtype == kBfloat16) return to_float(static_cast<const __nv_bfloat16*>(p)[i]);
-  return static_cast<const float*>(p)[i];
+// The bits of element i of such an array, and the element that they stand for. Loading and converting are apart, because a
+// conversion waits for its load: what is needed late is loaded early and converted when it is used.
+__device__ __forceinline__ unsigned load_bits(const void* p, long long i, int dtype) {
+  return dtype == kFloat32 ? static_cast<const unsigned*>(p)[i] : static_cast<const unsigned short*>(p)[i];
+}
+__device__ __forceinline__ float float_of_bits(unsigned bits, int dtype) {
+  if (dtype == kFloat32) return __int_as_float(int(bits));
+  return dtype == kBfloat16 ? __int_as_float(int(bits << 16)) : __half2float(__ushort_as_half((unsigned short)bits));
 }
 
-// Four consecutive elements with one load. p is aligned to four elements.
-__device__ __forceinline__ float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }
-__device__ __forceinline__ float4 load4(const __half* p) {
-  const uint2 raw = *reinterpret_cast<const uint2*>(p);
-  const float2 low = __half22float2(reinterpret_cast<const __half2&>(raw.x));
-  const float2 high = __half22float2(reinterpret_cast<const __half2&>(raw.y));
-  return make_float4(low.x, low.y, high.x, high.y);
+// The bits of four consecutive elements, for the same reason.
+template <typename T>
+struct Quad {
+  uint2 bits;
+};
+template <>
+struct Quad<float> {
+  uint4 bits;
+};
+
+__device__ __forceinline__ float4 unpack(const Quad<float>& q) {
+  return make_float4(__int_as_float(int(q.bits.x)), __int_as_float(int(q.bits.y)), __int_as_float(int(q.bits.z)),
+                     __int_as_float(int(q.bits.w)));
 }
-__device__ __forceinline__ float4 load4(const __nv_bfloat16* p) {
-  const uint2 raw = *reinterpret_cast<const uint2*>(p);
-  return make_float4(__int_as_float(int(raw.x << 16)), __int_as_float(int(raw.x & 0xffff0000u)),
-                     __int_as_float(int(raw.y << 16)), __int_as_float(int(raw.y & 0xffff0000u)));
+__device__ __forceinline__ float4 unpack(const Quad<__half>& q) {
+  return make_float4(float_of_bits(q.bits.x & 0xffffu, kFloat16), float_of_bits(q.bits.x >> 16, kFloat16),
+                     float_of_bits(q.bits.y & 0xffffu, kFloat16), float_of_bits(q.bits.y >> 16, kFloat16));
+}
+__device__ __forceinline__ float4 unpack(const Quad<__nv_bfloat16>& q) {
+  return make_float4(__int_as_float(int(q.bits.x << 16)), __int_as_float(int(q.bits.x & 0xffff0000u)),
+                     __int_as_float(int(q.bits.y << 16)), __int_as_float(int(q.bits.y & 0xffff0000u)));
 }
 
-// True where load4 may be used on every row of p [rows, length].
+// True where four elements of every row of p [rows, length] can be loaded at once, from k = 0, 4, 8, ...
 template <typename T>
 __device__ __forceinline__ bool rows_aligned(const T* p, int length) {
   return length % 4 == 0 && reinterpret_cast<unsigned long long>(p) % (4 * sizeof(T)) == 0;
 }
 
+__device__ __forceinline__ unsigned bits_or_zero(const float* row, int k, int length) {
+  return k < length ? reinterpret_cast<const unsigned*>(row)[k] : 0u;
+}
+template <typename T>
+__device__ __forceinline__ unsigned bits_or_zero(const T* row, int k, int length) {
+  return k < length ? reinterpret_cast<const unsigned short*>(row)[k] : 0u;
+}
+
 // Elements k .. k+3 of a row of `length`; what lies beyond the end is zero.
+__device__ __forceinline__ Quad<float> load_quad(const float* row, int k, int length, bool aligned) {
+  if (__builtin_expect(aligned, 1)) {
+    return {k < length ? *reinterpret_cast<const uint4*>(row + k) : make_uint4(0u, 0u, 0u, 0u)};
+  }
+  return {make_uint4(bits_or_zero(row, k, length), bits_or_zero(row, k + 1, length), bits_or_zero(row, k + 2, length),
+                     bits_or_zero(row, k + 3, length))};
+}
+template <typename T>
+__device__ __forceinline__ Quad<T> load_quad(const T* row, int k, int length, bool aligned) {
+  if (__builtin_expect(aligned, 1)) {
+    return {k < length ? *reinterpret_cast<const uint2*>(row + k) : make_uint2(0u, 0u)};
+  }
+  return {make_uint2(bits_or_zero(row, k, length) | bits_or_zero(row, k + 1, length) << 16,
+                     bits_or_zero(row, k + 2, length) | bits_or_zero(row, k + 3, length) << 16)};
+}
+
 template <typename T>
 __device__ __forceinline__ float4 load4_or_zero(const T* row, int k, int length, bool aligned) {
-  if (aligned && k < length) return load4(row + k);
-  float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-  if (k < length) v.x = to_float(row[k]);
-  if (k + 1 < length) v.y = to_float(row[k + 1]);
-  if (k + 2 < length) v.z = to_float(row[k + 2]);
-  if (k + 3 < length) v.w = to_float(row[k + 3]);
-  return v;
+  return unpack(load_quad(row, k, length, aligned));
 }
 
 // The norm weight [K], float32 or x's dtype (a run-time choice).
 template <typename X>
 struct Gamma {
+  struct Four {
+    Quad<float> of_float;  // float32: all of it
+    Quad<X> of_x;          // x's dtype
+  };
+
   const void* data;
-  bool is_float32;
-  bool aligned;
+  bool is_float32, aligned;
+
   __device__ __forceinline__ Gamma(const void* data, int is_float32, int k)
       : data(data),
         is_float32(is_float32),
         aligned(is_float32 ? rows_aligned(static_cast<const float*>(data), k)
                            : rows_aligned(static_cast<const X*>(data), k)) {}
-  __device__ __forceinline__ float4 at(int k, int length) const {
-    return is_float32 ? load4_or_zero(static_cast<const float*>(data), k, length, aligned)
-                      : load4_or_zero(static_cast<const X*>(data), k, length, aligned);
+  __device__ __forceinline__ Four load(int k, int length) const {
+    Four four = {};
+    if (is_float32) {
+      four.of_float = load_quad(static_cast<const float*>(data), k, length, aligned);
+    } else {
+      four.of_x = load_quad(static_cast<const X*>(data), k, length, aligned);
+    }
+    return four;
   }
+  __device__ __forceinline__ float4 value(const Four& four) const {
+    return is_float32 ? unpack(four.of_float) : unpack(four.of_x);
+  }
+  __device__ __forceinline__ float4 at(int k, int length) const { return value(load(k, length)); }
 };
 
 __device__ __forceinline__ float4 operator*(float4 a, float b) {

@@ -68,7 +68,8 @@ struct Weights {
 // What the lane that stores a result needs beside the sum. A lane stores at most one result of a tile, so both are loaded
 // with the tile's first weights and are there when the sums are.
 struct Tail {
-  float scale, residual;
+  float scale;
+  unsigned residual;  // bits; converted when it is added
 };
 
 template <typename S>
@@ -192,14 +193,14 @@ __device__ __forceinline__ int stage4(int4* staged, float4 v, float factor, int 
 // Puts the activations of one slice of K into shared memory, normalised and quantised, zero beyond K and beyond N, and
 // adds each warp's share of sum(q) to q_sums. Ends before the barrier that publishes them.
 template <typename S>
-__device__ __forceinline__ void stage(int4* staged, int (&q_sums)[S::kTokens][S::kWarps], const Held<S::kHeld>& held,
+__device__ __forceinline__ void stage(int4* staged, int (&q_sums)[S::kTokens][S::kWarps], const Held<typename S::X, S::kHeld>& held,
                                       const typename S::X* x, const Gamma<typename S::X>& gamma, const TokenScale* scale,
                                       int n0, int N, int K, int first_chunk, int chunks, bool whole, int pitch, bool aligned) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll 1
   for (int t = 0; t < S::kTokens; ++t) {
     int q_sum = 0;
-    if (S::kHeld > 0 && whole && scale[t].pre == 1.f) {  // the token is in registers, as it is
+    if (S::kHeld > 0 && __builtin_expect(whole && scale[t].pre == 1.f, 1)) {  // the token is in registers, as it is
       if constexpr (S::kHeld > 0) {
 #pragma unroll
         for (int h = 0; h < S::kHeld; ++h) {
@@ -267,18 +268,31 @@ template <typename S>
 __device__ __forceinline__ Tail load_tail(const float* scale, int scale_stride, const void* residual, int residual_dtype,
                                           int tile, int n0, int M, int N) {
   const int row = stored_row<S>(tile), t = threadIdx.x % S::kLanes % S::kTokens;
-  Tail tail{0.f, 0.f};
+  Tail tail{0.f, 0u};
   if (stores<S>(row, n0, M, N)) {
     tail.scale = scale[(long long)row * scale_stride];
-    if (residual != nullptr) tail.residual = load_as(residual, (long long)(n0 + t) * M + row, residual_dtype);
+    if (residual != nullptr) tail.residual = load_bits(residual, (long long)(n0 + t) * M + row, residual_dtype);
   }
   return tail;
 }
 
+// sum(q) of the token whose result this lane stores, once q_sums is published.
+template <typename S>
+__device__ __forceinline__ int total_q_sum(const int (&q_sums)[S::kTokens][S::kWarps]) {
+  int total = 0;
+  if constexpr (S::kInt8) {
+    const int t = threadIdx.x % S::kLanes % S::kTokens;
+#pragma unroll
+    for (int i = 0; i < S::kWarps; ++i) total += q_sums[t][i];
+  }
+  return total;
+}
+
 // Adds up the lanes of each group and stores the tile's results.
 template <typename S>
-__device__ __forceinline__ void finish(Sums<S>& sums, const Tail& tail, const int (&q_sums)[S::kTokens][S::kWarps],
-                                       const TokenScale* token_scale, void* y, int y_dtype, int tile, int n0, int M, int N) {
+__device__ __forceinline__ void finish(Sums<S>& sums, const Tail& tail, int q_sum, const TokenScale* token_scale,
+                                       bool has_residual, int residual_dtype, void* y, int y_dtype, int tile, int n0, int M,
+                                       int N) {
   const int lane = threadIdx.x % S::kLanes;
   typename S::Sum result = 0;
 #pragma unroll
@@ -298,14 +312,9 @@ __device__ __forceinline__ void finish(Sums<S>& sums, const Tail& tail, const in
 
   const int t = lane % S::kTokens, row = stored_row<S>(tile);
   if (stores<S>(row, n0, M, N)) {
-    float v = float(result);
-    if constexpr (S::kInt8) {
-      int q_sum = 0;
-#pragma unroll
-      for (int i = 0; i < S::kWarps; ++i) q_sum += q_sums[t][i];
-      v = float(result - q_sum) * token_scale[t].dequant;
-    }
-    store_as(y, (long long)(n0 + t) * M + row, fmaf(v, tail.scale, tail.residual), y_dtype);
+    const float sum = S::kInt8 ? float(result - q_sum) * token_scale[t].dequant : float(result);
+    const float added = has_residual ? float_of_bits(tail.residual, residual_dtype) : 0.f;
+    store_as(y, (long long)(n0 + t) * M + row, fmaf(sum, tail.scale, added), y_dtype);
   }
 }
 
@@ -328,22 +337,21 @@ __device__ __forceinline__ void ternary_product(const typename S::X* x, const fl
   for (int n0 = blockIdx.y * S::kTokens; n0 < N; n0 += gridDim.y * S::kTokens) {
     int tile = blockIdx.x, step = 0;
     bool aligned = true;
-    Held<S::kHeld> held;
+    Held<typename S::X, S::kHeld> held;
     const Gamma<typename S::X> norm(gamma, gamma_is_float32, K);
     if constexpr (!S::kQuantised) {
-      // Four loads from L2 a thread at most go out before those of the weights, which take longer.
+      // Few loads, from L2: they go out before those of the weights, which take longer.
       aligned = rows_aligned(x, K);
-      held = load_held<typename S::X, S::kNorm, S::kThreads, S::kHeld>(x + (long long)n0 * K, norm, K, aligned);
+      load_held<S::kNorm, S::kThreads>(held, x + (long long)n0 * K, norm, K, aligned);
     }
     Weights<S> now = load_weights<S>(w, M, C, tile, step);
     Tail tail = load_tail<S>(scale, scale_stride, residual, residual_dtype, tile, n0, M, N);
     if constexpr (!S::kQuantised && (S::kNorm || S::kInt8)) {
-      token_scales<typename S::X, S::kNorm, S::kInt8, S::kTokens, S::kThreads>(token_scale, held, x, norm, n0, N, K, eps,
-                                                                               aligned);
+      token_scales<S::kNorm, S::kInt8, S::kTokens, S::kThreads>(token_scale, held, x, norm, n0, N, K, eps, aligned);
     }
 
     Sums<S> sums = {};
-    int first_chunk = 0;
+    int first_chunk = 0, q_sum = 0;
     bool stage_now = true;
 #pragma unroll 1
     for (;;) {
@@ -357,6 +365,7 @@ __device__ __forceinline__ void ternary_product(const typename S::X* x, const fl
           stage<S>(staged, q_sums, held, x, norm, token_scale, n0, N, K, first_chunk, chunks, !sliced, pitch, aligned);
         }
         __syncthreads();
+        q_sum = total_q_sum<S>(q_sums);
       }
 
       const bool last_step = step + 1 == steps;
@@ -374,7 +383,9 @@ __device__ __forceinline__ void ternary_product(const typename S::X* x, const fl
         const int c = step * S::kStep + a * S::kLanes + int(threadIdx.x % S::kLanes);
         if (c < C) multiply_chunk<S>(sums, now, a, staged, pitch, c - first_chunk, typename S::Sum());
       }
-      if (last_step) finish<S>(sums, tail, q_sums, token_scale, y, y_dtype, tile, n0, M, N);
+      if (last_step) {
+        finish<S>(sums, tail, q_sum, token_scale, residual != nullptr, residual_dtype, y, y_dtype, tile, n0, M, N);
+      }
       if (!more) break;
       now = next;
       tail = next_tail;

@@ -23,26 +23,27 @@ struct TokenScale {
 };
 
 // Elements of one token that a thread keeps in registers between the reduction and the staging, so that x crosses L2 once:
-// four consecutive k of every 4 * kThreads, times gamma. Empty when the token is longer than that.
-template <int kHeld>
+// four consecutive k of every 4 * kThreads. First as loaded, then as x g. Empty when the token is longer than that.
+template <typename X, int kHeld>
 struct Held {
-  float4 x[kHeld], xg[kHeld];
+  Quad<X> x[kHeld];
+  typename Gamma<X>::Four gamma[kHeld];
+  float4 xg[kHeld];
 };
-template <>
-struct Held<0> {};
+template <typename X>
+struct Held<X, 0> {};
 
-template <typename X, bool kNorm, int kThreads, int kHeld>
-__device__ __forceinline__ Held<kHeld> load_held(const X* row, const Gamma<X>& gamma, int K, bool aligned) {
-  Held<kHeld> held;
+// Only issues the loads. Nothing here may wait for one: the loads of the weights come next.
+template <bool kNorm, int kThreads, typename X, int kHeld>
+__device__ __forceinline__ void load_held(Held<X, kHeld>& held, const X* row, const Gamma<X>& gamma, int K, bool aligned) {
   if constexpr (kHeld > 0) {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       const int k = 4 * (threadIdx.x + i * kThreads);
-      held.x[i] = load4_or_zero(row, k, K, aligned);
-      if (kNorm) held.xg[i] = gamma.at(k, K);
+      held.x[i] = load_quad(row, k, K, aligned);
+      if (kNorm) held.gamma[i] = gamma.load(k, K);
     }
   }
-  return held;
 }
 
 // Sum of squares and largest |x g| of this thread's share of a token. The absmax travels as the bits of a non-negative
@@ -76,86 +77,108 @@ __device__ __forceinline__ TokenStats thread_stats(const X* row, const Gamma<X>&
 }
 
 // The same from registers, which then hold x g.
-template <bool kNorm, int kHeld>
-__device__ __forceinline__ TokenStats held_stats(Held<kHeld>& held) {
+template <bool kNorm, typename X, int kHeld>
+__device__ __forceinline__ TokenStats held_stats(Held<X, kHeld>& held, const Gamma<X>& gamma) {
   TokenStats s{0.f, 0u};
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
-    if (kNorm) s.squares += squares4(held.x[i]);
-    held.xg[i] = kNorm ? held.x[i] * held.xg[i] : held.x[i];
+    held.xg[i] = unpack(held.x[i]);
+    if (kNorm) {
+      s.squares += squares4(held.xg[i]);
+      held.xg[i] = held.xg[i] * gamma.value(held.gamma[i]);
+    }
     s.absmax = max(s.absmax, absmax4(held.xg[i]));
   }
   return s;
 }
 
+// One warp's share of the block's reduction.
+template <bool kNorm>
+__device__ __forceinline__ void reduce_warp(TokenStats s, float* squares, unsigned* absmax) {
+  if (kNorm) {
+#pragma unroll
+    for (int d = 16; d; d >>= 1) s.squares += __shfl_xor_sync(0xffffffffu, s.squares, d);
+  }
+  s.absmax = warp_max(s.absmax);
+  if (threadIdx.x % 32 == 0) {
+    squares[threadIdx.x / 32] = s.squares;
+    absmax[threadIdx.x / 32] = s.absmax;
+  }
+}
+
+// A token's scale from the shares of all warps. The first attempt comes with pre = 1; where that is out of range, the
+// result's `pre` says what to multiply by, and its `dequant` is -1.
+template <bool kNorm, bool kInt8, int kWarps>
+__device__ __forceinline__ TokenScale finish_scale(const float* squares, const unsigned* absmax, int K, float eps, float pre) {
+  float sum = 0.f;
+  unsigned top = 0u;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    sum += squares[w];
+    top = max(top, absmax[w]);
+  }
+  const float level = kNorm ? __fdividef(sum, float(K)) + (eps * pre) * pre : 1.f;
+  const bool finite = top < kInfBits && level < infinity();
+  if (kNorm && pre == 1.f && !(finite && level > 1e-30f && level < 1e30f)) {
+    return {level <= 1e-30f ? 1.2089258e24f : 8.2718061e-25f, 0.f, -1.f};  // 2^80, 2^-80
+  }
+  if (!finite) return {pre, __int_as_float(0x7fc00000), __int_as_float(0x7fc00000)};
+  if (level <= 0.f) return {pre, 0.f, 0.f};  // eps = 0 and a token of zeros, whose result is zero
+  const float r = kNorm ? rsqrtf(level) : 1.f;
+  const float largest = fmaxf(__int_as_float(int(top)), kAbsmaxFloor * (level * r));  // level r = 1 / r
+  // The quick division is off by 2 ulp and fails above 2^126, which rescaling keeps a normed token away from.
+  return {pre, !kInt8 ? r : kNorm ? __fdividef(kQMax, largest) : kQMax / largest, largest * r * (1.f / kQMax)};
+}
+
 // The scales of tokens n0 .. n0+kTokens-1; those beyond N get a factor and dequant of zero. All threads of the block call
 // it together. One token: `scale` is the caller's own variable, which every thread computes for itself, at the cost of
 // one barrier. More tokens: `scale` lies in shared memory, thread t finishes token t, and a second barrier publishes it.
-// `held` may hold the (one) token; it stays valid for scales whose `pre` is 1.
-template <typename X, bool kNorm, bool kInt8, int kTokens, int kThreads, int kHeld>
-__device__ __forceinline__ void token_scales(TokenScale* scale, Held<kHeld>& held, const X* x, const Gamma<X>& gamma, int n0,
-                                             int N, int K, float eps, bool aligned) {
+// `held` may hold the (one) token; its x g is right for a scale whose `pre` is 1.
+template <bool kNorm, bool kInt8, int kTokens, int kThreads, typename X, int kHeld>
+__device__ __forceinline__ void token_scales(TokenScale* scale, Held<X, kHeld>& held, const X* x, const Gamma<X>& gamma,
+                                             int n0, int N, int K, float eps, bool aligned) {
   constexpr int kWarps = kThreads / 32;
   static_assert(kTokens <= kThreads, "a thread finishes one token");
   static_assert(kTokens == 1 || kHeld == 0, "registers hold one token");
   __shared__ float squares[kTokens][kWarps];
   __shared__ unsigned absmax[kTokens][kWarps];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int mine = kTokens == 1 ? 0 : threadIdx.x;  // the token that this thread finishes
 
 #pragma unroll 1
-  for (int attempt = 0;; ++attempt) {
+  for (int t = 0; t < kTokens; ++t) {
+    TokenStats s{0.f, 0u};
+    if constexpr (kHeld > 0) {
+      s = held_stats<kNorm>(held, gamma);
+    } else if (n0 + t < N) {
+      s = thread_stats<X, kNorm, kThreads>(x + (long long)(n0 + t) * K, gamma, K, aligned, 1.f);
+    }
+    reduce_warp<kNorm>(s, squares[t], absmax[t]);
+  }
+  __syncthreads();
+  bool again = false;
+  if (mine < kTokens) {
+    TokenScale s{1.f, 0.f, 0.f};
+    if (n0 + mine < N) s = finish_scale<kNorm, kInt8, kWarps>(squares[mine], absmax[mine], K, eps, 1.f);
+    again = s.dequant < 0.f;
+    scale[mine] = s;
+  }
+  if (kTokens > 1) again = __syncthreads_or(again);
+
+  if (kNorm && __builtin_expect(again, 0)) {
+    __syncthreads();  // every thread has read the first attempt
 #pragma unroll 1
     for (int t = 0; t < kTokens; ++t) {
       TokenStats s{0.f, 0u};
-      if (kHeld > 0 && attempt == 0) {
-        if constexpr (kHeld > 0) s = held_stats<kNorm>(held);
-      } else if (n0 + t < N) {
-        const X* row = x + (long long)(n0 + t) * K;
-        s = thread_stats<X, kNorm, kThreads>(row, gamma, K, aligned, attempt == 0 ? 1.f : scale[t].pre);
+      if (n0 + t < N) {
+        s = thread_stats<X, kNorm, kThreads>(x + (long long)(n0 + t) * K, gamma, K, aligned, scale[t].pre);
       }
-      if (kNorm) {
-#pragma unroll
-        for (int d = 16; d; d >>= 1) s.squares += __shfl_xor_sync(0xffffffffu, s.squares, d);
-      }
-      s.absmax = warp_max(s.absmax);
-      if (lane == 0) {
-        squares[t][warp] = s.squares;
-        absmax[t][warp] = s.absmax;
-      }
+      reduce_warp<kNorm>(s, squares[t], absmax[t]);
     }
     __syncthreads();
-
-    bool again = false;
-    const int t = kTokens == 1 ? 0 : threadIdx.x;
-    if (t < kTokens) {
-      float sum = 0.f;
-      unsigned top = 0u;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        sum += squares[t][w];
-        top = max(top, absmax[t][w]);
-      }
-      const float pre = attempt == 0 ? 1.f : scale[t].pre;
-      const float level = kNorm ? __fdividef(sum, float(K)) + (eps * pre) * pre : 1.f;
-      const bool finite = top < kInfBits && level < infinity();
-      TokenScale s{pre, 0.f, 0.f};
-      if (kNorm && attempt == 0 && n0 + t < N && !(finite && level > 1e-30f && level < 1e30f)) {
-        again = true;
-        s.pre = level <= 1e-30f ? 1.2089258e24f : 8.2718061e-25f;  // 2^80, 2^-80
-      } else if (!finite) {
-        s.factor = s.dequant = __int_as_float(0x7fc00000);
-      } else if (level > 0.f) {  // zero: eps = 0 and a token of zeros, whose result is zero
-        const float r = kNorm ? rsqrtf(level) : 1.f;
-        const float largest = fmaxf(__int_as_float(int(top)), kAbsmaxFloor * (level * r));  // level r = 1 / r
-        // The quick division is off by 2 ulp and fails above 2^126, which rescaling keeps a normed token away from.
-        s.factor = !kInt8 ? r : kNorm ? __fdividef(kQMax, largest) : kQMax / largest;
-        s.dequant = largest * r * (1.f / kQMax);
-      }
-      scale[t] = s;
+    if (mine < kTokens && scale[mine].dequant < 0.f) {
+      scale[mine] = finish_scale<kNorm, kInt8, kWarps>(squares[mine], absmax[mine], K, eps, scale[mine].pre);
     }
-    if (kTokens > 1) again = __syncthreads_or(again);
-    if (!again) break;
-    if (kTokens == 1) __syncthreads();  // every thread has read the first attempt
+    if (kTokens > 1) __syncthreads();
   }
 }
 
