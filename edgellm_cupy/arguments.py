@@ -20,10 +20,12 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT32 = np.dtype(np.float32)
 DTYPES = (FLOAT16, BFLOAT16, FLOAT32)
 ACTIVATIONS = ("float", "int8")
+LARGEST_INT8_K = 4_000_000
+"""Codes of up to 2 times int8 values add up to less than 2**31 for any K below this."""
 STRATEGIES = ("adaptive", "streaming", "separate")
 
 
-def check_rmsnorm(array_type: type, x: Any, gamma: Any, eps: float, out: Any) -> None:
+def check_rmsnorm(array_type: Any, x: Any, gamma: Any, eps: float, out: Any) -> None:
     """Arguments of `rmsnorm`. `array_type` is ``cupy.ndarray`` or ``numpy.ndarray``."""
     _check_activations(array_type, x)
     _check_gamma(array_type, x, gamma, eps)
@@ -33,12 +35,14 @@ def check_rmsnorm(array_type: type, x: Any, gamma: Any, eps: float, out: Any) ->
     _check_devices(array_type, (("x", x), ("gamma", gamma), ("out", out)))
 
 
-def check_ternary_matmul(array_type: type, x: Any, W: Any, activation: str, residual: Any, out: Any) -> None:
+def check_ternary_matmul(array_type: Any, x: Any, W: Any, activation: str, residual: Any, out: Any) -> None:
     """Arguments of `ternary_matmul`, and the part of `rmsnorm_ternary_matmul` that it shares."""
     _check_activations(array_type, x)
     _check_weight(array_type, x, W)
     if activation not in ACTIVATIONS:
         raise ArgumentValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    if activation == "int8" and W.shape[1] > LARGEST_INT8_K:
+        raise ArgumentValueError(f"W has K = {W.shape[1]}, expected at most {LARGEST_INT8_K} for exact int32 sums")
     shape = (*x.shape[:-1], W.shape[0])
     if residual is not None:
         _check_result(array_type, "residual", residual, shape, (x.dtype,))
@@ -53,7 +57,7 @@ def check_ternary_matmul(array_type: type, x: Any, W: Any, activation: str, resi
 
 
 def check_rmsnorm_ternary_matmul(
-    array_type: type, x: Any, gamma: Any, W: Any, eps: float, activation: str, residual: Any, strategy: str, out: Any
+    array_type: Any, x: Any, gamma: Any, W: Any, eps: float, activation: str, residual: Any, strategy: str, out: Any
 ) -> None:
     """Arguments of `rmsnorm_ternary_matmul`."""
     check_ternary_matmul(array_type, x, W, activation, residual, out)
@@ -68,7 +72,7 @@ def check_rmsnorm_ternary_matmul(
 # ---- one argument each ----------------------------------------------------------------------------------------------
 
 
-def _check_array(array_type: type, name: str, a: Any, dtypes: tuple[Any, ...]) -> None:
+def _check_array(array_type: Any, name: str, a: Any, dtypes: tuple[Any, ...]) -> None:
     if not isinstance(a, array_type):
         library = array_type.__module__.split(".")[0]
         raise ArgumentTypeError(
@@ -82,13 +86,13 @@ def _check_array(array_type: type, name: str, a: Any, dtypes: tuple[Any, ...]) -
         raise ArgumentValueError(f"{name} is not C-contiguous (shape {a.shape}, strides {a.strides})")
 
 
-def _check_activations(array_type: type, x: Any) -> None:
+def _check_activations(array_type: Any, x: Any) -> None:
     _check_array(array_type, "x", x, DTYPES)
     if x.ndim not in (1, 2) or 0 in x.shape:
         raise ArgumentValueError(f"x.shape is {x.shape}, expected [K] or [N, K] with N, K >= 1")
 
 
-def _check_gamma(array_type: type, x: Any, gamma: Any, eps: float) -> None:
+def _check_gamma(array_type: Any, x: Any, gamma: Any, eps: float) -> None:
     _check_array(array_type, "gamma", gamma, (FLOAT32,) if x.dtype == FLOAT32 else (FLOAT32, x.dtype))
     if gamma.shape != x.shape[-1:]:
         raise ArgumentValueError(f"gamma.shape is {gamma.shape}, but x.shape[-1] is K = {x.shape[-1]}")
@@ -98,7 +102,7 @@ def _check_gamma(array_type: type, x: Any, gamma: Any, eps: float) -> None:
         raise ArgumentValueError(f"eps is {eps}, expected a finite number >= 0")
 
 
-def _check_weight(array_type: type, x: Any, W: Any) -> None:
+def _check_weight(array_type: Any, x: Any, W: Any) -> None:
     if not isinstance(W, TernaryWeight):
         raise ArgumentTypeError(f"W: expected a TernaryWeight, got {type(W).__module__}.{type(W).__name__}")
     if not isinstance(W.packed, array_type):
@@ -110,17 +114,17 @@ def _check_weight(array_type: type, x: Any, W: Any) -> None:
         raise ArgumentValueError(f"x.shape[-1] is {x.shape[-1]}, but the weight has K = {W.shape[1]}")
 
 
-def _check_result(array_type: type, name: str, a: Any, shape: tuple[int, ...], dtypes: tuple[Any, ...]) -> None:
+def _check_result(array_type: Any, name: str, a: Any, shape: tuple[int, ...], dtypes: tuple[Any, ...]) -> None:
     _check_array(array_type, name, a, dtypes)
     if a.shape != shape:
         raise ArgumentValueError(f"{name}.shape is {a.shape}, expected {shape}")
 
 
-def _address(array_type: type, a: Any) -> int:
+def _address(array_type: Any, a: Any) -> int:
     return int(a.ctypes.data if array_type is np.ndarray else a.data.ptr)
 
 
-def _check_no_overlap(array_type: type, out: Any, inputs: tuple[tuple[str, Any], ...]) -> None:
+def _check_no_overlap(array_type: Any, out: Any, inputs: tuple[tuple[str, Any], ...]) -> None:
     """Other blocks still read the inputs while the first results are written."""
     start = _address(array_type, out)
     for name, a in inputs:
@@ -129,7 +133,7 @@ def _check_no_overlap(array_type: type, out: Any, inputs: tuple[tuple[str, Any],
             raise ArgumentValueError(f"out overlaps {name} in memory, expected separate memory")
 
 
-def _check_devices(array_type: type, arrays: tuple[tuple[str, Any], ...]) -> None:
+def _check_devices(array_type: Any, arrays: tuple[tuple[str, Any], ...]) -> None:
     if array_type is np.ndarray:
         return
     import cupy

@@ -22,7 +22,8 @@ from .model.decoder import TernaryTransformer
 from .reference import TernaryTransformer as ReferenceTransformer
 from .reference.accuracy import check
 from .runtime import require_gpu
-from .tuning import floor_spec, specialisations
+from .tuning import FLOOR_THREADS, floor_spec, specialisations
+from .tuning.device import DeviceFacts, current_facts
 
 LOGIT_TOLERANCE = {"float32": 2e-5, "float16": 1e-2, "bfloat16": 8e-2}
 """Largest error of a logit over the largest logit, two layers, float activation."""
@@ -43,13 +44,14 @@ class Case:
         return f"M={self.m} N={self.n} K={self.k} {self.dtype} {self.activation} {self.strategy}"
 
 
-def cases() -> Iterator[Case]:
+def cases(device: DeviceFacts) -> Iterator[Case]:
     """Problems that reach every specialisation of norm, quantisation and product, on shapes that no tile divides."""
-    # (M, K): a row of up to 16 chunks; longer with few rows; with many rows; with many rows and long ones.
-    shapes = {1: ((67, 577), (130, 1100), (2113, 1300), (2115, 4101)), 2: ((61, 575), (70, 1030))}
-    shapes[3] = shapes[7] = shapes[9] = shapes[2]
-    for n, problems in shapes.items():
-        for m, k in problems:
+    # One token: (M, K) for each kernel shape of tuning.product, which goes by K and once by M.
+    tall = 20 * device.multiprocessors + 61
+    one = ((67, 577), (61, 1100), (63, 2303), (tall, 2305), (35, 3001), (33, 4101), (37, 9003), (31, 17001))
+    more = ((61, 575), (70, 1030))
+    for n in (1, 2, 3, 7, 9):
+        for m, k in one if n == 1 else more:
             for dtype in DTYPES:
                 for activation in ACTIVATIONS:
                     for strategy in ("streaming", "separate"):
@@ -87,7 +89,7 @@ def run(progress: Callable[[str], None] = lambda message: None) -> list[str]:
     cp = require_gpu()
     failures: list[str] = []
     rng = np.random.default_rng(0)
-    for case in cases():
+    for case in cases(current_facts()):
         progress(str(case))
         failures += [f"{case}: {message}" for message in _check_case(cp, case, rng)]
     for config in PRESETS.values():
@@ -95,7 +97,7 @@ def run(progress: Callable[[str], None] = lambda message: None) -> list[str]:
             progress(f"decoder {config.name} {dtype}")
             failures += _check_decoder(cp, config, dtype)
     reached = {kernel.spec for kernel in loaded()}
-    floors = {floor_spec(threads) for threads in (256, 512, 1024)}  # the benchmark checks its own yardstick
+    floors = {floor_spec(threads) for threads in FLOOR_THREADS}  # the benchmark checks its own yardstick
     failures += [f"{spec.name}: no case reaches it" for spec in specialisations() if spec not in reached | floors]
     return failures
 

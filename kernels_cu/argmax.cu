@@ -14,9 +14,9 @@ __device__ __forceinline__ unsigned long long logit_key(float logit, unsigned in
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    KERNEL_NAME(const float* __restrict__ logits,          // [N, V]
-                unsigned long long* __restrict__ best,     // [N], zero before the launch
-                int V) {                                   // grid: (blocks over V, N)
+    KERNEL_NAME(const float* __restrict__ logits,       // [N, V]
+                unsigned long long* __restrict__ best,  // [N], zero before the launch
+                int V) {                                // grid: (blocks over V, N)
   __shared__ unsigned long long warp_best[THREADS / 32];
   unsigned long long key = 0ull;
   for (int v = blockIdx.x * THREADS + threadIdx.x; v < V; v += gridDim.x * THREADS) {

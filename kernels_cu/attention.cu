@@ -20,8 +20,8 @@
 #endif
 
 template <typename X, int kDim, int kGroup, int kThreads>
-__device__ __forceinline__ void attend(const X* q, int q_pitch, const X* keys, const X* values, const int* length, int S,
-                                       int kv_heads, int max_len, float softmax_scale, float* partial) {
+__device__ __forceinline__ void attend(const X* q, int q_pitch, const X* keys, const X* values, const int* length,
+                                       int S, int kv_heads, int max_len, float softmax_scale, float* partial) {
   static_assert(kDim % 4 == 0, "keys are read four elements at a time");
   constexpr int kOutputs = (kGroup * kDim + kThreads - 1) / kThreads;  // outputs (g, d) of one thread
   __shared__ float query[kGroup][kDim];
@@ -115,13 +115,13 @@ __device__ __forceinline__ void attend(const X* q, int q_pitch, const X* keys, c
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    KERNEL_NAME(const X_T* __restrict__ q,       // [B * S, q_pitch]: the first kv_heads * GROUP * HEAD_DIM are the queries
-                int q_pitch,                     //
+    KERNEL_NAME(const X_T* __restrict__ q,  // [B * S, q_pitch]: the first kv_heads * GROUP * HEAD_DIM are the queries
+                int q_pitch,                //
                 const X_T* __restrict__ keys,    // [B, kv_heads, max_len, HEAD_DIM], this layer's
                 const X_T* __restrict__ values,  // the same
                 const int* __restrict__ length,  // [1]: positions in the cache before this call's tokens
                 int S,                           // tokens a sequence in this call
                 int kv_heads, int max_len, float softmax_scale,
-                float* __restrict__ partial) {   // [B * S, kv_heads * GROUP, gridDim.x, HEAD_DIM + 2]
+                float* __restrict__ partial) {  // [B * S, kv_heads * GROUP, gridDim.x, HEAD_DIM + 2]
   attend<X_T, HEAD_DIM, GROUP, THREADS>(q, q_pitch, keys, values, length, S, kv_heads, max_len, softmax_scale, partial);
 }

@@ -7,14 +7,13 @@
 #error "embed.cu needs THREADS and KERNEL_NAME"
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-    KERNEL_NAME(const int* __restrict__ ids,             // [N], each in 0 .. V-1
-                const signed char* __restrict__ values,  // [V, pitch]
-                int pitch,                               // bytes from row to row, at least H
-                const float* __restrict__ scale,         // [V]
-                void* __restrict__ x,                    // [N, H]
-                int x_dtype,                             // 0 float16, 1 bfloat16, 2 float32
-                int H) {
+extern "C" __global__ void __launch_bounds__(THREADS) KERNEL_NAME(const int* __restrict__ ids,  // [N], each in 0 .. V-1
+                                                                  const signed char* __restrict__ values,  // [V, pitch]
+                                                                  int pitch,  // bytes from row to row, at least H
+                                                                  const float* __restrict__ scale,  // [V]
+                                                                  void* __restrict__ x,             // [N, H]
+                                                                  int x_dtype,  // 0 float16, 1 bfloat16, 2 float32
+                                                                  int H) {
   const int n = blockIdx.x, id = ids[n];
   for (int h = threadIdx.x; h < H; h += THREADS) {
     store_as(x, (long long)n * H + h, float(values[(long long)id * pitch + h]) * scale[id], x_dtype);

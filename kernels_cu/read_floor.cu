@@ -9,9 +9,9 @@
 #endif
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    KERNEL_NAME(const uint4* __restrict__ data,    // [count]
-                long long count,                   // 16-byte words
-                unsigned* __restrict__ sink) {     // [1]; written if the bytes happen to hash to one value, so that the
+    KERNEL_NAME(const uint4* __restrict__ data,  // [count]
+                long long count,                 // 16-byte words
+                unsigned* __restrict__ sink) {   // [1]; written if the bytes happen to hash to one value, so that the
   const long long stride = (long long)gridDim.x * THREADS;  // loads cannot be removed
   unsigned hash = 0u;
   long long i = (long long)blockIdx.x * THREADS + threadIdx.x;

@@ -9,7 +9,8 @@
 #endif
 
 template <typename X, int kThreads>
-__device__ __forceinline__ void rmsnorm(const X* x, const Gamma<X>& gamma, void* y, int y_dtype, int K, int N, float eps) {
+__device__ __forceinline__ void rmsnorm(const X* x, const Gamma<X>& gamma, void* y, int y_dtype, int K, int N,
+                                        float eps) {
   const bool aligned = rows_aligned(x, K);
   for (int n = blockIdx.x; n < N; n += gridDim.x) {
     TokenScale scale;

@@ -9,7 +9,8 @@
 #endif
 
 template <typename X, bool kNorm, int kThreads>
-__device__ __forceinline__ void quantise(const X* x, const Gamma<X>& gamma, int* q, float* dequant, int K, int N, float eps) {
+__device__ __forceinline__ void quantise(const X* x, const Gamma<X>& gamma, int* q, float* dequant, int K, int N,
+                                         float eps) {
   const bool aligned = rows_aligned(x, K);
   const int width = (K + 63) / 64 * 64;
   for (int n = blockIdx.x; n < N; n += gridDim.x) {

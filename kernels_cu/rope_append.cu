@@ -14,7 +14,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 X_T* __restrict__ values,          // the same
                 const float2* __restrict__ turns,  // [max_len, D / 2]: cosine and sine
                 const int* __restrict__ length,    // [1]: positions already in the cache
-                int S,                             // tokens a sequence in this call; token n is b = n / S, position n % S
+                int S,  // tokens a sequence in this call; token n is b = n / S, position n % S
                 int heads, int kv_heads, int D, int max_len) {
   const int b = blockIdx.x / S, position = length[0] + blockIdx.x % S;
   const int half = D / 2, pairs = (heads + 2 * kv_heads) * half;

@@ -43,11 +43,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value = getattr(self, f.name)
+            value: Any = getattr(self, f.name)
             expected = _FIELD_TYPES[str(f.type)]
             if not isinstance(value, expected) or (f.type != "bool" and isinstance(value, bool)):
                 raise ArgumentValueError(f"{f.name} is {value!r}, expected {f.type}")
-            if f.type == "int" and value < 1:
+            if f.type == "int" and int(value) < 1:
                 raise ArgumentValueError(f"{f.name} is {value}, expected at least 1")
         if self.num_heads % self.num_kv_heads:
             raise ArgumentValueError(

@@ -64,21 +64,24 @@ class ProductConfig:
         return 4 * self.held * self.threads if self.held else None
 
 
-# One token: by the chunks of a row. A group of lanes should not be wider than the row is long.
-_ONE_TOKEN_SHORT = ProductConfig(1, 16, 1, 1, 256, 1, 2)
-_ONE_TOKEN_MEDIUM = ProductConfig(1, 32, 1, 1, 512, 2, 1)
-_ONE_TOKEN_WIDE = ProductConfig(1, 32, 2, 1, 512, 4, 1)
-_ONE_TOKEN_LONG = ProductConfig(1, 32, 2, 2, 512, 0, 1)
+# One token: the first whose activations fit its registers. Measured on an H200 with a cold L2: a block as wide as the
+# token is long, so that each thread holds one vector, wins up to K = 2560; beyond, two or more vectors in 512 threads
+# beat wider blocks, whose registers run short.
+_ONE_TOKEN = (
+    ProductConfig(1, 16, 1, 1, 192, 1, 3),
+    ProductConfig(1, 32, 1, 1, 384, 1, 2),
+    ProductConfig(1, 32, 1, 2, 640, 1, 1),
+    ProductConfig(1, 32, 2, 2, 512, 2, 1),
+    ProductConfig(1, 32, 2, 2, 512, 4, 1),
+    ProductConfig(1, 32, 2, 2, 512, 8, 1),
+    ProductConfig(1, 32, 2, 2, 512, 0, 1),
+)
+# Instead of the third, where it would need more than one tile a block: narrower groups, so that the tile is taller.
+_ONE_TOKEN_TALL = ProductConfig(1, 16, 1, 3, 640, 1, 1)
 # More: the rows share each word of weights among the tokens, so that fewer rows keep the registers within bounds.
 _MORE_TOKENS = {n: (ProductConfig(n, 16, 1, 1), ProductConfig(n, 32, 1 if n == 8 else 2, 1)) for n in (2, 4, 8)}
 
-CONFIGS = (
-    _ONE_TOKEN_SHORT,
-    _ONE_TOKEN_MEDIUM,
-    _ONE_TOKEN_WIDE,
-    _ONE_TOKEN_LONG,
-    *(config for pair in _MORE_TOKENS.values() for config in pair),
-)
+CONFIGS = (*_ONE_TOKEN, _ONE_TOKEN_TALL, *(config for pair in _MORE_TOKENS.values() for config in pair))
 
 
 @dataclass(frozen=True)
@@ -98,19 +101,23 @@ class ProductLaunch:
 
 def choose_config(m: int, n: int, k: int, device: DeviceFacts) -> ProductConfig:
     """The kernel shape for y[n, m] over k features."""
-    row = chunks(k)
     if n > 1:
         tokens = 2 if n == 2 else 4 if n <= 4 else 8
-        return _MORE_TOKENS[tokens][0 if row <= 16 else 1]
-    if row <= 16:
-        return _ONE_TOKEN_SHORT
-    if m < 16 * device.multiprocessors and k <= 4096:
-        return _ONE_TOKEN_MEDIUM
-    return _ONE_TOKEN_WIDE if k <= 8192 else _ONE_TOKEN_LONG
+        short, long = _MORE_TOKENS[tokens]
+        return short if chunks(k) <= short.lanes else long
+    config = next(c for c in _ONE_TOKEN if c.longest is None or k <= c.longest)
+    if config.longest == _ONE_TOKEN_TALL.longest and m > config.tile * device.multiprocessors:
+        return _ONE_TOKEN_TALL
+    return config
 
 
 def product_spec(x_dtype: str, norm: bool, activation: str, config: ProductConfig) -> KernelSpec:
     """The specialisation for one kernel shape."""
+    held = config.held
+    if x_dtype == "int8" or not (norm or activation == "int8"):
+        held = 0  # x is looked at once
+    elif x_dtype == "float32" and held > 4:
+        held = 0  # eight wide vectors beside their gammas would spill
     return KernelSpec(
         "rmsnorm_ternary_matmul.cu" if norm else "ternary_matmul.cu",
         (
@@ -121,7 +128,7 @@ def product_spec(x_dtype: str, norm: bool, activation: str, config: ProductConfi
             ("ROWS", str(config.rows)),
             ("AHEAD", str(config.ahead)),
             ("THREADS", str(config.threads)),
-            ("HELD", str(config.held if x_dtype != "int8" and (norm or activation == "int8") else 0)),
+            ("HELD", str(held)),
             ("RESIDENT", str(config.resident)),
         ),
     )

@@ -8,15 +8,29 @@
 // instructions the inner loops take and is a template parameter.
 constexpr int kFloat16 = 0, kBfloat16 = 1, kFloat32 = 2;
 
-__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+__device__ __forceinline__ float infinity() {
+  return __int_as_float(0x7f800000);
+}
 
-__device__ __forceinline__ float to_float(float v) { return v; }
-__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ float to_float(float v) {
+  return v;
+}
+__device__ __forceinline__ float to_float(__half v) {
+  return __half2float(v);
+}
+__device__ __forceinline__ float to_float(__nv_bfloat16 v) {
+  return __bfloat162float(v);
+}
 
-__device__ __forceinline__ void from_float(float v, float* p) { *p = v; }
-__device__ __forceinline__ void from_float(float v, __half* p) { *p = __float2half_rn(v); }
-__device__ __forceinline__ void from_float(float v, __nv_bfloat16* p) { *p = __float2bfloat16_rn(v); }
+__device__ __forceinline__ void from_float(float v, float* p) {
+  *p = v;
+}
+__device__ __forceinline__ void from_float(float v, __half* p) {
+  *p = __float2half_rn(v);
+}
+__device__ __forceinline__ void from_float(float v, __nv_bfloat16* p) {
+  *p = __float2bfloat16_rn(v);
+}
 
 // Element i of an array with a run-time dtype.
 __device__ __forceinline__ void store_as(void* y, long long i, float v, int dtype) {
@@ -98,12 +112,24 @@ __device__ __forceinline__ float4 load4_or_zero(const T* row, int k, int length,
   return unpack(load_quad(row, k, length, aligned));
 }
 
+// A narrow quad in the first half of a wide one.
+template <typename Q>
+__device__ __forceinline__ uint2 first_half(const Q& q) {
+  return make_uint2(q.bits.x, q.bits.y);
+}
+template <typename T>
+__device__ __forceinline__ Quad<T> from_half(uint4 bits) {
+  Quad<T> q = {};
+  q.bits.x = bits.x;
+  q.bits.y = bits.y;
+  return q;
+}
+
 // The norm weight [K], float32 or x's dtype (a run-time choice).
 template <typename X>
 struct Gamma {
   struct Four {
-    Quad<float> of_float;  // float32: all of it
-    Quad<X> of_x;          // x's dtype
+    Quad<float> bits;  // float32: all of it; x's dtype, where that is narrower: the first half
   };
 
   const void* data;
@@ -115,16 +141,14 @@ struct Gamma {
         aligned(is_float32 ? rows_aligned(static_cast<const float*>(data), k)
                            : rows_aligned(static_cast<const X*>(data), k)) {}
   __device__ __forceinline__ Four load(int k, int length) const {
-    Four four = {};
-    if (is_float32) {
-      four.of_float = load_quad(static_cast<const float*>(data), k, length, aligned);
-    } else {
-      four.of_x = load_quad(static_cast<const X*>(data), k, length, aligned);
-    }
-    return four;
+    if (sizeof(X) == sizeof(float) || is_float32)
+      return {load_quad(static_cast<const float*>(data), k, length, aligned)};
+    const uint2 low = first_half(load_quad(static_cast<const X*>(data), k, length, aligned));
+    return {{make_uint4(low.x, low.y, 0u, 0u)}};
   }
   __device__ __forceinline__ float4 value(const Four& four) const {
-    return is_float32 ? unpack(four.of_float) : unpack(four.of_x);
+    if (sizeof(X) == sizeof(float) || is_float32) return unpack(four.bits);
+    return unpack(from_half<X>(four.bits.bits));
   }
   __device__ __forceinline__ float4 at(int k, int length) const { return value(load(k, length)); }
 };

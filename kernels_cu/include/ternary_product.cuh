@@ -30,7 +30,14 @@
 // then fused multiply-adds in float32, each chunk on its own before it joins the running sum, which keeps the error far
 // below that of one long chain.
 //
-// Bound: reading the packed weights, from some MB on; below that the launch, the trip of x and two barriers.
+// Bound: reading the packed weights, from some MB on; below that, latency: the launch, the trip of x, two barriers. What
+// made a difference there on an H200 (M = K = 576, N = 1, int8; the floor kernel takes 1.3 us, an empty one 0.56):
+//   - x converted where it was loaded: 2.77 us. The conversion waited for x before the weights' loads were even issued.
+//     Raw bits first, conversion when used: 2.27.
+//   - x read a second time for quantisation, scale and residual loaded at the end: 0.15 more.
+//   - rare paths (extreme tokens, unaligned rows) in the straight line and loops unrolled over tokens: five times the
+//     code. An SM starts each launch with cold instruction caches, so that code beside the path costs as well.
+//   - several vectors of x a thread where the block could be wider: 0.3 to 0.8 more (K = 1536, 2560).
 #pragma once
 #include "token_scale.cuh"
 
@@ -53,9 +60,10 @@ struct ProductShape {
   static constexpr bool kNorm = kNorm_, kInt8 = kInt8_, kQuantised = sizeof(X) == 1;
   static constexpr int kTokens = kTokens_, kLanes = kLanes_, kRows = kRows_, kAhead = kAhead_, kThreads = kThreads_,
                        kHeld = kHeld_;
-  static constexpr int kGroups = kThreads / kLanes, kTile = kGroups * kRows, kStep = kLanes * kAhead, kWarps = kThreads / 32;
+  static constexpr int kGroups = kThreads / kLanes, kTile = kGroups * kRows, kStep = kLanes * kAhead,
+                       kWarps = kThreads / 32;
   static constexpr int kFields = kInt8 && kTokens == 1 ? 4 : 1;  // accumulators of one sum
-  static constexpr int kPieces = kInt8 ? 4 : 16;                // 16-byte pieces of a chunk's activations
+  static constexpr int kPieces = kInt8 ? 4 : 16;                 // 16-byte pieces of a chunk's activations
   static_assert(kThreads % 32 == 0 && kLanes <= 32 && 32 % kLanes == 0, "a group of lanes may not straddle warps");
   static_assert(!kQuantised || (kInt8 && !kNorm), "quantised activations are neither normalised nor float");
 };
@@ -77,7 +85,9 @@ struct Sums {
   typename S::Sum of[S::kRows][S::kTokens][S::kFields];
 };
 
-__device__ __forceinline__ unsigned word(const uint4& v, int j) { return j == 0 ? v.x : j == 1 ? v.y : j == 2 ? v.z : v.w; }
+__device__ __forceinline__ unsigned word(const uint4& v, int j) {
+  return j == 0 ? v.x : j == 1 ? v.y : j == 2 ? v.z : v.w;
+}
 
 // This lane's chunks of one step; zero codes where the row or the chunk does not exist.
 template <typename S>
@@ -98,8 +108,8 @@ __device__ __forceinline__ Weights<S> load_weights(const uint4* w, int M, int C,
 
 // sums += one chunk of every row times the same chunk of every token: int8.
 template <typename S>
-__device__ __forceinline__ void multiply_chunk(Sums<S>& sums, const Weights<S>& weights, int a, const int4* staged, int pitch,
-                                               int local, int) {
+__device__ __forceinline__ void multiply_chunk(Sums<S>& sums, const Weights<S>& weights, int a, const int4* staged,
+                                               int pitch, int local, int) {
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     int4 q[S::kTokens];
@@ -109,7 +119,7 @@ __device__ __forceinline__ void multiply_chunk(Sums<S>& sums, const Weights<S>& 
     for (int r = 0; r < S::kRows; ++r) {
       const unsigned codes = word(weights.chunk[r][a], j);
       if constexpr (S::kFields == 4) {
-        int(&sum)[4] = sums.of[r][0];
+        int (&sum)[4] = sums.of[r][0];
         sum[0] = dp4a_us(codes & 0x03030303u, q[0].x, sum[0]);
         sum[1] = dp4a_us(codes & 0x0c0c0c0cu, q[0].y, sum[1]);
         sum[2] = dp4a_us(codes & 0x30303030u, q[0].z, sum[2]);
@@ -135,8 +145,8 @@ __device__ __forceinline__ float ternary_float(unsigned codes) {
 
 // The same for float activations.
 template <typename S>
-__device__ __forceinline__ void multiply_chunk(Sums<S>& sums, const Weights<S>& weights, int a, const int4* staged, int pitch,
-                                               int local, float) {
+__device__ __forceinline__ void multiply_chunk(Sums<S>& sums, const Weights<S>& weights, int a, const int4* staged,
+                                               int pitch, int local, float) {
   const float4* activations = reinterpret_cast<const float4*>(staged);
   float4 part[S::kRows][S::kTokens];
 #pragma unroll
@@ -145,7 +155,7 @@ __device__ __forceinline__ void multiply_chunk(Sums<S>& sums, const Weights<S>& 
     for (int t = 0; t < S::kTokens; ++t) part[r][t] = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-#pragma unroll (S::kTokens < 8 ? 4 : 1)  // eight tokens' pieces at once would not fit the registers
+#pragma unroll(S::kTokens < 8 ? 4 : 1)  // eight tokens' pieces at once would not fit the registers
     for (int i = 0; i < 4; ++i) {
       float4 n[S::kTokens];
 #pragma unroll
@@ -183,8 +193,7 @@ __device__ __forceinline__ int stage4(int4* staged, float4 v, float factor, int 
     return __dp4a(q, 0x01010101, 0);
   } else {
     // x - x is zero, or NaN where x is not finite: then the whole token shall be NaN.
-    v = S::kNorm ? v * factor
-                 : make_float4(v.x + (v.x - v.x), v.y + (v.y - v.y), v.z + (v.z - v.z), v.w + (v.w - v.w));
+    v = S::kNorm ? v * factor : make_float4(v.x + (v.x - v.x), v.y + (v.y - v.y), v.z + (v.z - v.z), v.w + (v.w - v.w));
     reinterpret_cast<float4*>(staged)[(t * S::kPieces + piece * 4 + field) * pitch + chunk] = v;
     return 0;
   }
@@ -193,9 +202,10 @@ __device__ __forceinline__ int stage4(int4* staged, float4 v, float factor, int 
 // Puts the activations of one slice of K into shared memory, normalised and quantised, zero beyond K and beyond N, and
 // adds each warp's share of sum(q) to q_sums. Ends before the barrier that publishes them.
 template <typename S>
-__device__ __forceinline__ void stage(int4* staged, int (&q_sums)[S::kTokens][S::kWarps], const Held<typename S::X, S::kHeld>& held,
-                                      const typename S::X* x, const Gamma<typename S::X>& gamma, const TokenScale* scale,
-                                      int n0, int N, int K, int first_chunk, int chunks, bool whole, int pitch, bool aligned) {
+__device__ __forceinline__ void stage(int4* staged, int (&q_sums)[S::kTokens][S::kWarps],
+                                      const Held<typename S::X, S::kHeld>& held, const typename S::X* x,
+                                      const Gamma<typename S::X>& gamma, const TokenScale* scale, int n0, int N, int K,
+                                      int first_chunk, int chunks, bool whole, int pitch, bool aligned) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll 1
   for (int t = 0; t < S::kTokens; ++t) {
@@ -265,8 +275,8 @@ __device__ __forceinline__ bool stores(int row, int n0, int M, int N) {
 }
 
 template <typename S>
-__device__ __forceinline__ Tail load_tail(const float* scale, int scale_stride, const void* residual, int residual_dtype,
-                                          int tile, int n0, int M, int N) {
+__device__ __forceinline__ Tail load_tail(const float* scale, int scale_stride, const void* residual,
+                                          int residual_dtype, int tile, int n0, int M, int N) {
   const int row = stored_row<S>(tile), t = threadIdx.x % S::kLanes % S::kTokens;
   Tail tail{0.f, 0u};
   if (stores<S>(row, n0, M, N)) {
@@ -291,8 +301,8 @@ __device__ __forceinline__ int total_q_sum(const int (&q_sums)[S::kTokens][S::kW
 // Adds up the lanes of each group and stores the tile's results.
 template <typename S>
 __device__ __forceinline__ void finish(Sums<S>& sums, const Tail& tail, int q_sum, const TokenScale* token_scale,
-                                       bool has_residual, int residual_dtype, void* y, int y_dtype, int tile, int n0, int M,
-                                       int N) {
+                                       bool has_residual, int residual_dtype, void* y, int y_dtype, int tile, int n0,
+                                       int M, int N) {
   const int lane = threadIdx.x % S::kLanes;
   typename S::Sum result = 0;
 #pragma unroll
@@ -322,11 +332,12 @@ __device__ __forceinline__ void finish(Sums<S>& sums, const Tail& tail, int q_su
 // without kNorm.
 template <typename S>
 __device__ __forceinline__ void ternary_product(const typename S::X* x, const float* dequant, const void* gamma,
-                                                int gamma_is_float32, const uint4* w, const float* scale, int scale_stride,
-                                                const void* residual, int residual_dtype, void* y, int y_dtype, int M, int K, int N, float eps,
-                                                int slice_steps, int pitch) {
+                                                int gamma_is_float32, const uint4* w, const float* scale,
+                                                int scale_stride, const void* residual, int residual_dtype, void* y,
+                                                int y_dtype, int M, int K, int N, float eps, int slice_steps,
+                                                int pitch) {
   int4* staged = dynamic_shared<int4>();
-  __shared__ int q_sums[S::kTokens][S::kWarps];
+  __shared__ __align__(16) int q_sums[S::kTokens][S::kWarps];
   __shared__ TokenScale shared_scale[S::kTokens];
   TokenScale own_scale{};
   TokenScale* token_scale = S::kTokens == 1 ? &own_scale : shared_scale;
@@ -358,7 +369,6 @@ __device__ __forceinline__ void ternary_product(const typename S::X* x, const fl
       if (stage_now) {
         first_chunk = step * S::kStep;
         const int chunks = min(slice_steps * S::kStep, C - first_chunk);
-        __syncthreads();  // nobody multiplies with the previous slice any more
         if constexpr (S::kQuantised) {
           stage_quantised<S>(staged, q_sums, token_scale, x, dequant, n0, N, C, first_chunk, chunks, pitch);
         } else {
@@ -392,6 +402,8 @@ __device__ __forceinline__ void ternary_product(const typename S::X* x, const fl
       tile = next_tile;
       step = next_step;
       stage_now = sliced && step % slice_steps == 0;
+      if (stage_now) __syncthreads();  // nobody multiplies with the last slice any more
     }
+    if (n0 + gridDim.y * S::kTokens < N) __syncthreads();  // nor with the last tokens
   }
 }

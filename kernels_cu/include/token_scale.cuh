@@ -17,8 +17,9 @@ constexpr float kAbsmaxFloor = 1e-5f;
 constexpr unsigned kInfBits = 0x7f800000u;
 
 struct TokenScale {
-  float pre;      // multiply x by this first (1, or a power of two for extreme tokens)
-  float factor;   // float: the normalised value is (x pre) factor g; int8: the quantised value is round((x pre g) factor)
+  float pre;  // multiply x by this first (1, or a power of two for extreme tokens)
+  float
+      factor;  // float: the normalised value is (x pre) factor g; int8: the quantised value is round((x pre g) factor)
   float dequant;  // int8: the normalised value is about quantised * dequant; NaN for a token that is not finite
 };
 
@@ -35,7 +36,8 @@ struct Held<X, 0> {};
 
 // Only issues the loads. Nothing here may wait for one: the loads of the weights come next.
 template <bool kNorm, int kThreads, typename X, int kHeld>
-__device__ __forceinline__ void load_held(Held<X, kHeld>& held, const X* row, const Gamma<X>& gamma, int K, bool aligned) {
+__device__ __forceinline__ void load_held(Held<X, kHeld>& held, const X* row, const Gamma<X>& gamma, int K,
+                                          bool aligned) {
   if constexpr (kHeld > 0) {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
@@ -53,7 +55,9 @@ struct TokenStats {
   unsigned absmax;
 };
 
-__device__ __forceinline__ float squares4(float4 v) { return (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w); }
+__device__ __forceinline__ float squares4(float4 v) {
+  return (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w);
+}
 
 __device__ __forceinline__ unsigned absmax4(float4 v) {
   const unsigned a = max(unsigned(__float_as_int(fabsf(v.x))), unsigned(__float_as_int(fabsf(v.y))));
@@ -62,7 +66,8 @@ __device__ __forceinline__ unsigned absmax4(float4 v) {
 }
 
 template <typename X, bool kNorm, int kThreads>
-__device__ __forceinline__ TokenStats thread_stats(const X* row, const Gamma<X>& gamma, int K, bool aligned, float pre) {
+__device__ __forceinline__ TokenStats thread_stats(const X* row, const Gamma<X>& gamma, int K, bool aligned,
+                                                   float pre) {
   TokenStats s{0.f, 0u};
 #pragma unroll 4
   for (int k = 4 * threadIdx.x; k < K; k += 4 * kThreads) {
@@ -109,14 +114,16 @@ __device__ __forceinline__ void reduce_warp(TokenStats s, float* squares, unsign
 // A token's scale from the shares of all warps. The first attempt comes with pre = 1; where that is out of range, the
 // result's `pre` says what to multiply by, and its `dequant` is -1.
 template <bool kNorm, bool kInt8, int kWarps>
-__device__ __forceinline__ TokenScale finish_scale(const float* squares, const unsigned* absmax, int K, float eps, float pre) {
-  float sum = 0.f;
+__device__ __forceinline__ TokenScale finish_scale(const float* squares, const unsigned* absmax, int K, float eps,
+                                                   float pre) {
+  float sums[2] = {0.f, 0.f};  // two chains: every thread waits for this
   unsigned top = 0u;
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) {
-    sum += squares[w];
+    sums[w % 2] += squares[w];
     top = max(top, absmax[w]);
   }
+  const float sum = sums[0] + sums[1];
   const float level = kNorm ? __fdividef(sum, float(K)) + (eps * pre) * pre : 1.f;
   const bool finite = top < kInfBits && level < infinity();
   if (kNorm && pre == 1.f && !(finite && level > 1e-30f && level < 1e30f)) {
@@ -140,8 +147,8 @@ __device__ __forceinline__ void token_scales(TokenScale* scale, Held<X, kHeld>& 
   constexpr int kWarps = kThreads / 32;
   static_assert(kTokens <= kThreads, "a thread finishes one token");
   static_assert(kTokens == 1 || kHeld == 0, "registers hold one token");
-  __shared__ float squares[kTokens][kWarps];
-  __shared__ unsigned absmax[kTokens][kWarps];
+  __shared__ __align__(16) float squares[kTokens][kWarps];
+  __shared__ __align__(16) unsigned absmax[kTokens][kWarps];
   const int mine = kTokens == 1 ? 0 : threadIdx.x;  // the token that this thread finishes
 
 #pragma unroll 1
