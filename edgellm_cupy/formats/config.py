@@ -10,7 +10,10 @@ from typing import Any
 
 from ..errors import ArgumentValueError, CheckpointError
 
-_FIELD_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+def _has_type(value: Any, name: str) -> bool:
+    """Whether `value` is what a field of that type may hold; True and False are no numbers."""
+    types: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+    return isinstance(value, types[name]) and (name == "bool" or not isinstance(value, bool))
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for f in fields(self):
             value: Any = getattr(self, f.name)
-            expected = _FIELD_TYPES[str(f.type)]
-            if not isinstance(value, expected) or (f.type != "bool" and isinstance(value, bool)):
+            if not _has_type(value, str(f.type)):
                 raise ArgumentValueError(f"{f.name} is {value!r}, expected {f.type}")
-            if f.type == "int" and int(value) < 1:
+            if f.type == "int" and value < 1:
                 raise ArgumentValueError(f"{f.name} is {value}, expected at least 1")
         if self.num_heads % self.num_kv_heads:
             raise ArgumentValueError(

@@ -230,7 +230,7 @@ def test_from_packed_accepts_its_own(t):
 def test_from_packed_refuses_code_3(shift, byte):
     w = TernaryWeight.from_int8(np.zeros((2, 128), np.int8))
     w.packed[1, 1, byte] |= 3 << shift
-    with pytest.raises(ArgumentValueError, match="packed holds the code 3"):
+    with pytest.raises(ArgumentValueError, match=rf"packed row 1, byte {16 + byte} holds the code 3"):
         TernaryWeight.from_packed(w.packed, w.scale, w.shape)
 
 
@@ -255,8 +255,8 @@ def test_from_packed_refuses_weights_in_the_padding():
     [
         (np.zeros((3, 1, 16), np.int8), 1.0, TypeError, "packed: expected a uint8 array, got numpy.ndarray of int8"),
         (b"", 1.0, TypeError, "packed: expected a uint8 array, got builtins.bytes"),
-        (np.zeros((3, 2, 16), np.uint8), 1.0, ValueError, "packed.shape is (3, 2, 16), but shape (3, 20) needs"),
-        (np.zeros((3, 16), np.uint8), 1.0, ValueError, "packed.shape is (3, 16), but shape (3, 20) needs (3, 1, 16)"),
+        (np.zeros((3, 2, 16), np.uint8), 1.0, ValueError, "packed.shape is (3, 2, 16), expected (3, 1, 16) for (3, 20)"),
+        (np.zeros((3, 16), np.uint8), 1.0, ValueError, "packed.shape is (3, 16), expected (3, 1, 16) for (3, 20)"),
         (np.full((3, 1, 16), 0x55, np.uint8), np.float32("nan"), ValueError, "scale is nan, expected a finite"),
     ],
 )

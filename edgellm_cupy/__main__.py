@@ -1,0 +1,5 @@
+"""`python -m edgellm_cupy` is the command `edgellm`."""
+
+from .cli import main
+
+main()
