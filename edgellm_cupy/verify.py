@@ -17,7 +17,7 @@ from .arguments import ACTIVATIONS, BFLOAT16, DTYPES, FLOAT16, FLOAT32
 from .formats.checkpoint import Checkpoint
 from .formats.config import PRESETS, ModelConfig
 from .formats.ternary import TernaryWeight
-from .kernels import loaded
+from .kernels import load, loaded
 from .model.decoder import TernaryTransformer
 from .reference import TernaryTransformer as ReferenceTransformer
 from .reference.accuracy import check
@@ -96,9 +96,9 @@ def run(progress: Callable[[str], None] = lambda message: None) -> list[str]:
         for dtype in LOGIT_TOLERANCE:
             progress(f"decoder {config.name} {dtype}")
             failures += _check_decoder(cp, config, dtype)
+    failures += _check_floor(cp, rng)
     reached = {kernel.spec for kernel in loaded()}
-    floors = {floor_spec(threads) for threads in FLOOR_THREADS}  # the benchmark checks its own yardstick
-    failures += [f"{spec.name}: no case reaches it" for spec in specialisations() if spec not in reached | floors]
+    failures += [f"{spec.name}: no case reaches it" for spec in specialisations() if spec not in reached]
     return failures
 
 
@@ -158,6 +158,18 @@ def _check_decoder(cp: Any, preset: ModelConfig, dtype: str) -> Iterator[str]:
         model.decode_one_token(token, cache)
         reference.decode_one_token(token, expected)
         yield from compare(f"token {cache.length}", expected.logits)
+
+
+def _check_floor(cp: Any, rng: np.random.Generator) -> Iterator[str]:
+    """The benchmark's yardstick reads every word; the variant that is timed has the same loop and no result."""
+    words = rng.integers(0, 2**32, (10_007, 4), dtype=np.uint32)
+    data, expected = cp.asarray(words), int(np.bitwise_xor.reduce(words, axis=None))
+    for threads in FLOOR_THREADS:
+        sink = cp.zeros(1, cp.uint32)
+        for check_sum in (False, True):
+            load(floor_spec(threads, check_sum))((7, 1, 1), (threads, 1, 1), (data, np.int64(len(words)), sink))
+        if int(sink[0]) != expected:
+            yield f"read_floor with {threads} threads: the words' exclusive or is {int(sink[0])}, expected {expected}"
 
 
 def _poisoned(cp: Any, shape: tuple[int, ...], dtype: Any) -> Any:

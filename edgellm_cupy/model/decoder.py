@@ -81,6 +81,17 @@ class KVCache:
         """Bytes of all keys and values that it can hold."""
         return int(self.keys.nbytes + self.values.nbytes)
 
+    def truncate(self, length: int) -> None:
+        """Forget all positions from `length` on; the next token goes there. One 4-byte fill on the current stream.
+
+        Raises:
+            ArgumentValueError: longer than the cache is now, or negative.
+        """
+        if not 0 <= length <= self._length:
+            raise ArgumentValueError(f"length is {length}, expected 0 to the present {self._length}")
+        self._device_length.fill(length)
+        self._length = length
+
     def fill_random(self, length: int, seed: int = 0) -> None:
         """Pretend that `length` positions were processed: random keys and values, for measuring at a depth.
 

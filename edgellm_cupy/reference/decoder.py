@@ -43,6 +43,12 @@ class KVCache:
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
+    def truncate(self, length: int) -> None:
+        """Forget all positions from `length` on; the next token goes there."""
+        if not 0 <= length <= self.length:
+            raise ArgumentValueError(f"length is {length}, expected 0 to the present {self.length}")
+        self.length = length
+
     def fill_random(self, length: int, seed: int = 0) -> None:
         """Pretend that `length` positions were processed: random keys and values, for measuring at a depth."""
         if not 0 <= length <= self.max_len:

@@ -11,13 +11,13 @@ FLOOR_THREADS = (256, 512, 1024)
 """Block sizes of the benchmark's floor kernel."""
 
 
-def floor_spec(threads: int) -> KernelSpec:
-    """read_floor.cu: the benchmark's yardstick."""
-    return KernelSpec("read_floor.cu", (("THREADS", str(threads)),))
+def floor_spec(threads: int, check: bool = False) -> KernelSpec:
+    """read_floor.cu: the benchmark's yardstick, or the variant that proves what it reads."""
+    return KernelSpec("read_floor.cu", (("THREADS", str(threads)), ("CHECK", str(int(check)))))
 
 
 def specialisations() -> tuple[KernelSpec, ...]:
     """Every kernel specialisation that dispatch can reach, for the products and for the presets' decoders."""
     specs = [*product_specs(), *(spec for config in PRESETS.values() for spec in decoder_specs(config))]
-    specs += [floor_spec(threads) for threads in FLOOR_THREADS]
+    specs += [floor_spec(threads, check) for threads in FLOOR_THREADS for check in (False, True)]
     return tuple(dict.fromkeys(specs))

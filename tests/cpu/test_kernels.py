@@ -151,3 +151,20 @@ def test_greedy_ties_take_the_lowest_index(emulator):
 
 def test_specialisations_are_few():
     assert len(specialisations()) <= 300
+
+
+def test_truncated_cache_goes_on_where_it_was_cut(emulator):
+    checkpoint = Checkpoint.random(TINY_MODEL, seed=2)
+    with emulated_gpu(emulator):
+        for transformer in (ec.TernaryTransformer, ec.reference.TernaryTransformer):
+            model = transformer(checkpoint)
+            cache = model.new_cache(12)
+            model.prefill([1, 2, 3, 4], cache)
+            once = np.array(model.decode_one_token(7, cache)), np.array(cache.logits)
+            cache.truncate(4)
+            assert cache.length == 4
+            again = np.array(model.decode_one_token(7, cache)), np.array(cache.logits)
+            np.testing.assert_array_equal(once[0], again[0])
+            np.testing.assert_array_equal(once[1], again[1])
+            with pytest.raises(ec.ArgumentValueError, match="length is 6"):
+                cache.truncate(6)
