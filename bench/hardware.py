@@ -220,7 +220,10 @@ def _pcie_under_load(nvml: NvmlDevice) -> dict[str, Metric]:
     source = cupyx.empty_pinned(_PCIE_LOAD_BYTES, dtype="uint8")
     target = cp.empty(_PCIE_LOAD_BYTES, dtype="uint8")
     stream = cp.cuda.Stream(non_blocking=True)
-    what = {"pcie_generation_under_load": "CurrPcieLinkGeneration", "pcie_width_under_load": "CurrPcieLinkWidth"}
+    what = {
+        "pcie_generation_under_load": ("CurrPcieLinkGeneration", None),
+        "pcie_width_under_load": ("CurrPcieLinkWidth", "lanes"),
+    }
     seen: dict[str, list[Metric]] = {key: [] for key in what}
     end = time.perf_counter() + _PCIE_LOAD_SECONDS
     while time.perf_counter() < end:
@@ -228,8 +231,8 @@ def _pcie_under_load(nvml: NvmlDevice) -> dict[str, Metric]:
             cp.cuda.runtime.memcpyAsync(
                 target.data.ptr, source.ctypes.data, _PCIE_LOAD_BYTES, cp.cuda.runtime.memcpyHostToDevice, stream.ptr
             )
-        for key, function in what.items():
-            seen[key].append(nvml.read(function))
+        for key, (function, unit) in what.items():
+            seen[key].append(nvml.read(function, unit=unit))
         stream.synchronize()
     return {key: max(metrics, key=lambda m: m["value"] or 0) for key, metrics in seen.items()}
 

@@ -6,7 +6,7 @@ report.json is one object:
                         and never change their meaning or unit; what does that makes 2.0.0.
     workload            figures that say what was run (model_name, batch_size, ...), and when
     backend             "cuda" or "numpy"
-    no_gpu              null, or why no GPU was measured
+    no_gpu              null, or why no GPU was measured, and what to do about it
     quick               true: shorter windows and fewer samples than a quotable report needs
     command             the command line
     model               {config, weights, body_bytes, head_bytes}
@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,9 @@ def summary(report: Report) -> dict[str, Metric]:
         if section in report["errors"]:
             return missing(f"part {section} failed: {report['errors'][section]['reason']}")
         if section not in sections:
-            return missing(f"interrupted before part {section}" if report["interrupted"] else f"part {section} not run")
+            return missing(
+                f"interrupted in or before part {section}" if report["interrupted"] else f"part {section} not run"
+            )
         return sections[section].get(key) or missing(f"part {section} does not measure it")
 
     return {key: figure(key, section) for key, section in KEYS.items()}
@@ -123,8 +126,7 @@ def write(report: Report, folder: Path) -> list[Path]:
     Raises:
         ReportError: the folder cannot be made, or a file cannot be written.
     """
-    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
-    return [_replace(folder / "report.json", text), _replace(folder / "report.md", markdown(report))]
+    return [_replace(folder / "report.json", _json(report)), _replace(folder / "report.md", markdown(report))]
 
 
 def remake(path: Path, folder: Path) -> Path:
@@ -142,15 +144,21 @@ def remake(path: Path, folder: Path) -> Path:
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder of a report, and its parents.
+    """Make the folder of a report, and its parents, and see that files can be made in it.
 
     Raises:
-        ReportError: it cannot be made.
+        ReportError: they cannot.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise ReportError(f"{folder}: cannot be made: {e.strerror}") from e
+    probe = folder / f".edgellm.{os.getpid()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise ReportError(f"{folder}: cannot be written to: {e.strerror}") from e
 
 
 def load(path: Path) -> Report:
@@ -171,6 +179,13 @@ def load(path: Path) -> Report:
     if lacking := [key for key in _SECTIONS if key not in report]:
         raise ReportError(f"{path}: not a whole report: {lacking[0]!r} is missing")
     return report
+
+
+def _json(report: Report) -> str:
+    """The report with one key a line, and each list of numbers on one line."""
+    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+    # No string matches: a line break inside one is written as \\n.
+    return re.sub(r'\[\n([^][{}"]*)\]', lambda numbers: f"[{' '.join(numbers[1].split())}]", text)
 
 
 def _replace(path: Path, text: str) -> Path:
@@ -218,9 +233,28 @@ def warnings(report: Report) -> list[str]:
         found.append("Quick run: short windows and few samples. Do not quote it.")
     if report["interrupted"]:
         found.append("Interrupted: the parts that are missing did not run.")
+    slowed = {name: count for name, figures in report["parts"].items() if (count := _count_throttled(figures))}
+    if slowed:
+        where = ", ".join(f"{name} ({count})" for name, count in slowed.items())
+        found.append(f"Throttled: the GPU held its clocks down during measurements of {where}. They are marked.")
     found += [f"Wrong result: {failure}" for failure in report["failures"]]
     found += [f"Part {name} failed: {error['reason']}" for name, error in report["errors"].items()]
     return found
+
+
+def _count_throttled(value: Any) -> int:
+    """How many measurements inside `value` ran throttled."""
+    if isinstance(value, list):
+        return sum(map(_count_throttled, value))
+    if not isinstance(value, dict):
+        return 0
+    return _is_throttled(value) + sum(map(_count_throttled, value.values()))
+
+
+def _is_throttled(conditions: dict[str, Any]) -> bool:
+    """Do these conditions (see :func:`.utilisation.conditions`) say so?"""
+    throttled: Any = conditions.get("throttled")
+    return is_metric(throttled) and throttled["value"] is True
 
 
 def _header(report: Report) -> list[str]:
@@ -239,7 +273,7 @@ def _header(report: Report) -> list[str]:
         "Model": shape,
         "Weights": f"{_escape(model['weights'])}; body {model['body_bytes']} bytes, head {model['head_bytes']} bytes",
         "Decoder against the reference": "; ".join(filter(None, [with_unit(check), _detail(check)])),
-        "When": f"{_value(workload['timestamp'])}, {sum(report['seconds'].values()):.0f} s in all",
+        "When": f"{_value(workload['timestamp'])}, parts {sum(report['seconds'].values()):.0f} s",
         "Command": f"`{_escape(report['command'])}`",
         "Program": f"edgellm-cupy {_value(workload['benchmark_version'])}, schema {report['schema_version']}",
     }
@@ -247,89 +281,168 @@ def _header(report: Report) -> list[str]:
         *lines,
         *_table(["Run", ""], [[key, value] for key, value in facts.items()]),
         "",
-        "Intervals are 95 % confidence intervals. `null` is followed by the reason. Raw samples are in report.json.",
+        "Intervals are 95 % confidence intervals. `null` is followed by the reason. A series of samples is given by "
+        "its median, the main ones also by their statistics; those of all others, and the samples, are in report.json.",
     ]
 
 
 def _section(name: str, figures: dict[str, Any]) -> list[str]:
-    """A part: what its own layout or the general one makes of it, then the statistics of every series in it."""
-    lines = _latency(figures) if name == "latency" else _body(figures, "###")
-    if series := list(_all_series(figures, "")):
-        lines += ["", "### Statistics of every series", "", *_statistics(series)]
+    """A part: what its own layout or the general one makes of it, then the statistics of its main series."""
+    lines = _latency(figures) if name == "latency" else _body(_without_windows(figures), "###")
+    if windows := list(_windows(figures, "")):
+        lines += ["", "### Windows", "", *_rows(windows), *_null_reasons(_reasons(windows))]
+    if series := [(label, value) for label, value in _main_series(name, figures) if _is_series(value)]:
+        lines += ["", "### Statistics", "", *_statistics(series)]
     return lines
 
 
 _PRODUCT_COLUMNS = [
-    "product", "M x K", "operation", "activation", "cold", "/ floor", "warm", "/ floor", "GB/s", "% bandwidth",
-    "cuBLAS cold", "device", "end to end",
+    "product", "M x K", "operation", "activation", "cold", "x vs cuBLAS", "x vs unfused", "/ floor", "GB/s cold",
+    "% bandwidth cold", "warm", "/ floor warm", "device", "end to end",
 ]  # fmt: skip
+_PRODUCT_NOTE = (
+    "Medians in microseconds, batch 1. `x vs`, with a cold L2: how many times as long the same takes otherwise, by "
+    "RMSNorm and float16 cuBLAS (a product alone: by cuBLAS), or in separate launches of ours. `/ floor`: over a "
+    "kernel that only reads the same bytes."
+)
 
 
 def _latency(figures: dict[str, Any]) -> list[str]:
-    """One line for each operation on each product; times are medians of the `kernel` series in microseconds."""
+    """A line for each operation on each product, and one for what each product is compared with."""
     lines = _body({key: value for key, value in figures.items() if key != "products"}, "###")
-    rows = []
+    rows, yardsticks = [], []
     for layer, product in figures["products"].items():
-        for row in product["rows"]:
-            fused = row["op"] == "rmsnorm_ternary_matmul"
-            baseline = product["baselines"]["cublas_fp16" if fused else "cublas_fp16_product"]
-            rows.append([
-                layer,
-                f"{product['m']} x {product['k']}",
-                row["op"] if row["correct"] else f"{row['op']} **wrong**",
-                row["activation"],
-                *(_short(x) for l2 in ("cold", "warm") for x in (row["kernel"][l2], row["ratio_to_floor"][l2])),
-                *(_short(x) for x in (row["gb_per_s"], row["bandwidth_pct"])),
-                *(_short(x) for x in (_cold(baseline), row["device"], row["end_to_end"])),
-            ])  # fmt: skip
-    lines += ["", "### Products, batch 1, microseconds", "", *_table(_PRODUCT_COLUMNS, rows)]
-    return lines + _null_reasons(_reasons(figures["products"]))
+        size = f"{product['m']} x {product['k']}"
+        rows += [[layer, size, *_product_row(row)] for row in product["rows"]]
+        baselines = {f"{name} cold": _l2(series, "cold") for name, series in product["baselines"].items()}
+        floor = {f"floor {l2}": series for l2, series in product["floor"].items()}
+        yardsticks.append({"product": layer, "M x K": size, **floor, **baselines})
+    lines += ["", "### Products", "", _PRODUCT_NOTE, "", *_table(_PRODUCT_COLUMNS, rows)]
+    if _count_throttled(figures["products"]):
+        lines += ["", "**throttled**: the GPU held its clocks down meanwhile, see `conditions` in report.json."]
+    lines += _null_reasons(_reasons(figures["products"]))
+    return [*lines, "", "### What they are compared with", "", *_rows(yardsticks)]
 
 
-def _cold(baseline: Any) -> Any:
-    return baseline if is_metric(baseline) else baseline["cold"]
+def _product_row(row: dict[str, Any]) -> list[str]:
+    fused = row["op"] == "rmsnorm_ternary_matmul"
+    marks = ["" if row["correct"] else " **wrong**", " **throttled**" if _is_throttled(row["conditions"]) else ""]
+    faster = row.get("speedup_over", {})  # none on NumPy
+    kernel, floor = row["kernel"], row["ratio_to_floor"]
+    figures = [
+        kernel["cold"],
+        _l2(faster.get("cublas_fp16" if fused else "cublas_fp16_product"), "cold"),
+        _l2(faster.get(f"unfused_ternary_{row['activation']}"), "cold") if fused else "",
+        *(floor["cold"], row["gb_per_s"], row["bandwidth_pct"]),
+        *(kernel["warm"], floor["warm"], row["device"], row["end_to_end"]),
+    ]
+    return ["".join([row["op"], *marks]), row["activation"], *map(_short, figures)]
+
+
+def _l2(pair: Any, l2: str) -> Any:
+    """One of a cold and a warm figure; or what stands in their place."""
+    return pair[l2] if isinstance(pair, dict) and not is_metric(pair) else pair
+
+
+def _main_series(name: str, figures: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The series whose spread a reader asks for, as the original benchmark printed it."""
+    if name == "latency":
+        for layer, product in figures["products"].items():
+            row = next(r for r in product["rows"] if (r["op"], r["activation"]) == ("rmsnorm_ternary_matmul", "int8"))
+            yield f"{layer} fused int8, kernel cold", row["kernel"]["cold"]
+            yield f"{layer} fused int8, device", row["device"]
+            yield f"{layer} fused int8, end to end", row["end_to_end"]
+    elif name == "tokens":
+        yield "time to the first token", figures["first_token"]
+        yield "token latency", figures["token_latency"]
+    elif name == "scaling":
+        for row in figures["rows"]:
+            yield f"token latency at context {row['context']}", row["latency"]
+
+
+_STATISTICS = ("mean", "std", "min", "max", "p50", "p90", "p95", "p99", "variance", "gap_variance", "longest_stall")
+
+
+def _statistics(series: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Percentiles whose tail holds too few samples are left as `null` here; report.json says why."""
+    columns = ["series", "unit", "n", *(key.replace("_", " ") for key in _STATISTICS)]
+    rows = [
+        [label, s["unit"], str(s["n"]), *(_number(s[key]["value"], 5) for key in _STATISTICS)] for label, s in series
+    ]
+    return _table(columns, rows)
+
+
+# ---- the general layout ---------------------------------------------------------------------------------------------
 
 
 def _body(figures: dict[str, Any], heading: str) -> list[str]:
-    """Single figures, those that are null by reason, tables of rows, and what is nested under its own heading."""
-    lines: list[str] = []
-    single = {key: value for key, value in figures.items() if is_metric(value) or _is_scalar(value)}
-    known = {key: value for key, value in single.items() if not _is_null(value)}
-    if known:
-        lines += ["", *_table(["Figure", "Value", "Detail"], [[k, with_unit(v), _detail(v)] for k, v in known.items()])]
+    """Any figures. Single ones and plain groups are lines of one table, those that are null are listed by reason.
+
+    Rows, and plain groups side by side, become tables of their own; what is nested deeper gets a heading.
+    """
+    known: list[list[str]] = []
     nulls: dict[str, list[str]] = {}
-    for key, value in single.items():
+    nested: list[str] = []
+    for key, value in figures.items():
         if _is_null(value):
             nulls.setdefault(value["reason"], []).append(f"`{key}`")
+        elif _is_series(value):
+            known.append([key, with_unit(value["median"]), f"median; {_detail(value['median'])}"])
+        elif is_metric(value) or _is_scalar(value):
+            known.append([key, with_unit(value), _detail(value)])
+        elif _is_plain(value):
+            known.append([key, _inline(value), ""])
+        elif _is_rows(value):
+            nested += ["", f"{heading} {key}", "", *_rows(value), *_null_reasons(_reasons(value))]
+        elif _is_plain_groups(value):
+            rows = [{"name": name, **group} for name, group in value.items() if not _is_null(group)]
+            rest = {name: group for name, group in value.items() if _is_null(group)}
+            nested += ["", f"{heading} {key}", "", *_rows(rows), *_null_reasons(_reasons(rows)), *_body(rest, heading)]
+        elif isinstance(value, dict) and value:
+            nested += ["", f"{heading} {key}", *_body(value, heading + "#")]
+    lines = ["", *_table(["Figure", "Value", "Detail"], known)] if known else []
     for reason, keys in nulls.items():
         lines += ["", f"null: {', '.join(keys)} ({_escape(reason)})"]
-    for key, value in figures.items():
-        if _is_rows(value):
-            lines += ["", f"{heading} {key}", "", *_rows(value), *_null_reasons(_reasons(value))]
-        elif isinstance(value, dict) and value and not is_metric(value) and not _is_series(value):
-            lines += ["", f"{heading} {key}", *_body(value, heading + "#")]
-    return lines
+    return lines + nested
 
 
 def _rows(rows: list[dict[str, Any]]) -> list[str]:
     """One line for each row; what is nested in it becomes columns of their own, a series its median."""
-    flat = [_flatten(row) for row in rows]
-    columns = list(dict.fromkeys(key for row in flat for key in row))
-    return _table(columns, [[row.get(column, "") for column in columns] for row in flat])
+    flat = [dict(_leaves(row)) for row in rows]
+    columns: dict[str, str] = {}  # name -> heading: with the unit, if any row has one
+    for name, value in (leaf for row in flat for leaf in row.items()):
+        unit = value.get("unit") if isinstance(value, dict) else None
+        if unit or name not in columns:
+            columns[name] = f"{name} ({unit})" if unit else name
+    return _table(list(columns.values()), [[_short(row.get(name, "")) for name in columns] for row in flat])
 
 
-def _flatten(row: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    cells: dict[str, str] = {}
+def _leaves(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in row.items():
-        name = f"{prefix}{key}"
-        if _is_series(value) or is_metric(value) or _is_scalar(value):
-            unit = value.get("unit") if isinstance(value, dict) else None
-            cells[f"{name} ({unit})" if unit else name] = _short(value)
-        elif isinstance(value, dict):
-            cells |= _flatten(value, f"{name} ")
-        elif isinstance(value, list):
-            cells[name] = _escape(", ".join(map(str, value)))
-    return cells
+        whole = not isinstance(value, dict) or is_metric(value) or _is_series(value) or "throttled" in value
+        yield from [(f"{prefix}{key}", value)] if whole else _leaves(value, f"{prefix}{key} ")
+
+
+def _windows(value: Any, label: str) -> Iterator[dict[str, Any]]:
+    """The windows of :mod:`.power` anywhere inside `value`, as rows that begin with their place."""
+    if isinstance(value, list):
+        for i, inner in enumerate(value, 1):
+            yield from _windows(inner, f"{label} {i}")
+    elif _is_window(value):
+        yield {"window": label, **value}
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _windows(inner, f"{label} {key}".strip())
+
+
+def _without_windows(value: Any) -> Any:
+    if not isinstance(value, dict) or is_metric(value) or _is_series(value):
+        return value
+    return {
+        key: _without_windows(inner)
+        for key, inner in value.items()
+        if not _is_window(inner) and not (_is_rows(inner) and all(map(_is_window, inner)))
+    }
 
 
 def _reasons(value: Any) -> list[str]:
@@ -344,33 +457,6 @@ def _reasons(value: Any) -> list[str]:
 
 def _null_reasons(reasons: list[str]) -> list[str]:
     return ["", *(f"null: {_escape(reason)}  " for reason in reasons)] if reasons else []
-
-
-_STATISTICS = ("mean", "std", "min", "p50", "p90", "p95", "p99", "max", "variance", "gap_variance", "longest_stall")
-
-
-def _statistics(series: list[tuple[str, dict[str, Any]]]) -> list[str]:
-    """Percentiles whose tail holds too few samples are left as `null` here; report.json says why."""
-    rows = []
-    for label, s in series:
-        ci = s["median"].get("ci95")
-        interval = f"{_number(ci[0])} to {_number(ci[1])}" if ci else "null"
-        numbers = [_number(s[key]["value"]) for key in _STATISTICS]
-        rows.append([label, s["unit"], str(s["n"]), _number(s["median"]["value"]), interval, *numbers])
-    return _table(["Series", "unit", "n", "median", "interval", *_STATISTICS], rows)
-
-
-def _all_series(value: Any, label: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    if _is_series(value):
-        yield label, value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _all_series(inner, f"{label} {key}".strip())
-    elif _is_rows(value):
-        for row in value:
-            # A row is known by its first plain values: operation and activation, bytes and direction, a length.
-            plain = [str(inner) for inner in row.values() if _is_scalar(inner) and not isinstance(inner, bool)]
-            yield from _all_series(row, " ".join([label, *plain[:2]]).strip())
 
 
 # ---- cells ----------------------------------------------------------------------------------------------------------
@@ -393,6 +479,24 @@ def _is_series(value: Any) -> bool:
     return isinstance(value, dict) and "samples" in value and "median" in value
 
 
+def _is_plain(value: Any) -> bool:
+    """A group of single figures and nothing else."""
+    if not isinstance(value, dict) or not value or is_metric(value):
+        return False
+    return all(is_metric(inner) or _is_scalar(inner) for inner in value.values())
+
+
+def _is_plain_groups(value: Any) -> bool:
+    """Plain groups by name, of which some may be null."""
+    if not isinstance(value, dict) or not any(map(_is_plain, value.values())):
+        return False
+    return all(_is_plain(inner) or _is_null(inner) for inner in value.values())
+
+
+def _is_window(value: Any) -> bool:
+    return isinstance(value, dict) and "joules" in value and "conditions" in value
+
+
 def _table(columns: list[str], rows: list[list[str]]) -> list[str]:
     def line(cells: list[str]) -> str:
         return f"| {' | '.join(cells)} |"
@@ -404,14 +508,20 @@ def _escape(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def _number(value: Any) -> str:
+def _number(value: Any, digits: int = 6) -> str:
+    """A scalar or a list as text, a float with that many significant digits."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, list):
-        return _escape(", ".join(map(str, value))) or "none"
-    return f"{value:.6g}" if isinstance(value, float) else _escape(str(value))
+    if isinstance(value, float):
+        return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"
+    if not isinstance(value, list):
+        return _escape(str(value))
+    if not all(map(_is_scalar, value)):
+        return f"{len(value)} in report.json"
+    sizes = all(isinstance(inner, int) for inner in value)  # of a grid or a block
+    return (" x " if sizes else ", ").join(_number(inner, digits) for inner in value) or "none"
 
 
 def _value(x: Any) -> str:
@@ -423,12 +533,24 @@ def _value(x: Any) -> str:
 
 def _short(x: Any) -> str:
     """A cell of a wide table: four digits, a series its median, the reasons of nulls below the table."""
+    if _is_plain(x):
+        return _inline(x)
     if _is_series(x):
         x = x["median"]
-    value = x["value"] if is_metric(x) else x
-    if not isinstance(value, float):
-        return _number(value)
-    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+    return _number(x["value"] if is_metric(x) else x, 4)
+
+
+def _inline(group: dict[str, Any]) -> str:
+    """A plain group on one line."""
+
+    def cell(x: Any) -> str:
+        return f"{with_unit(x)} ({_interval(x)})" if is_metric(x) and x.get("ci95") else with_unit(x)
+
+    return "; ".join(f"{key}: {cell(value)}" for key, value in group.items())
+
+
+def _interval(figure: Metric) -> str:
+    return f"interval {' to '.join(map(_number, figure['ci95']))}"
 
 
 def with_unit(x: Any) -> str:
@@ -444,7 +566,7 @@ def _detail(x: Any) -> str:
     said = []
     for key, value in x.items():
         if key == "ci95" and value:
-            said.append(f"interval {_number(value[0])} to {_number(value[1])}")
+            said.append(_interval(x))
         elif key not in ("value", "unit", "reason", "ci95") and _is_scalar(value):
             said.append(f"{key}: {_number(value)}")
     return "; ".join(said)
@@ -456,27 +578,22 @@ def _detail(x: Any) -> str:
 def terminal(report: Report) -> Group:
     """A summary for a terminal of 80 columns: warnings first, then the figures that were measured."""
     known = {key: figure for key, figure in report["summary"].items() if figure["value"] is not None}
-    table = Table(box=None, show_header=False, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right", style="bold")
-    table.add_column(style="dim")
+    table.add_column("95 % interval", style="dim", header_style="dim")
     for key in (key for key in _HEADLINES if key in known):
-        ci = known[key].get("ci95")
-        interval = f"95 %: {ci[0]:.4g} to {ci[1]:.4g}" if ci else ""
-        table.add_row(key, _with_unit_short(known[key]), interval)
+        figure = known[key]
+        interval = " to ".join(map(_short, figure.get("ci95") or ()))
+        table.add_row(key, f"{_short(figure)} {figure.get('unit', '')}".rstrip(), interval)
     nulls = len(report["summary"]) - len(known)
     return Group(
         Text(f"{report['model']['config']['name']} on {place(report)}", style="bold"),
         *(Text(warning, style="yellow") for warning in warnings(report)),
-        Text(""),
-        table,
+        *((Text(""), table) if table.row_count else ()),
         Text(""),
         Text(f"{len(known)} of {len(report['summary'])} figures measured, {nulls} null with their reason."),
     )
-
-
-def _with_unit_short(figure: Metric) -> str:
-    return f"{_short(figure)} {figure.get('unit', '')}".rstrip()
 
 
 _TITLES = {

@@ -22,7 +22,7 @@ import numpy as np
 from .metrics import Metric, measured, missing
 
 SMALLEST_TAIL = 10  # samples that must lie beyond a percentile before it is worth reporting
-GRAPH_LAUNCHES = 50  # fewest launches in a graph, so that its own start (about 5 us) is spread thin
+GRAPH_LAUNCHES = 50  # fewest launches in a graph, so that what is left of its own start is spread thin
 COLD_L2_FACTOR = 3  # a cold rotation touches this many times the L2
 
 
@@ -134,8 +134,20 @@ def median(values: Sequence[float], unit: str, **detail: Any) -> Metric:
     return measured(float(np.median(values)), unit, n=len(values), **ci, **detail)
 
 
-def summarise(values: Sequence[float], unit: str, at_s: Sequence[float] = (), **detail: Any) -> dict[str, Any]:
+def rate(time: Metric, amount: float, unit: str, **detail: Any) -> Metric:
+    """`amount` over a median time, the interval of the time turned into one of the rate."""
+    ci: dict[str, Any] = {"ci95": None, "ci95_reason": time.get("ci95_reason")}
+    if time["ci95"]:
+        ci = {"ci95": [amount / limit for limit in reversed(time["ci95"])]}
+    return measured(amount / time["value"], unit, n=time["n"], **ci, **detail)
+
+
+def summarise(
+    values: Sequence[float], unit: str, at_s: Sequence[float] = (), run: int | None = None, **detail: Any
+) -> dict[str, Any]:
     """Every figure that a report may want of one series, and the raw samples; `detail` is added as it is.
+
+    `run`: the series is made of runs of so many samples, with a break after each; a gap is a difference within a run.
 
     Keys: unit, n, median and p50 (with ci95), mean, std, min, max, p90, p95, p99, p99_minus_p50, variance, iqr, mad
     (median absolute deviation), gap_variance (of the differences of neighbours), longest_stall (how far the largest
@@ -150,9 +162,12 @@ def summarise(values: Sequence[float], unit: str, at_s: Sequence[float] = (), **
     v = np.asarray(values, dtype=np.float64)
     n, square = len(v), f"{unit}^2"
 
-    def spread(value: float, u: str, needed: int = 2) -> Metric:
-        return measured(float(value), u) if n >= needed else missing(f"needs {needed} samples, has {n}", u)
+    def spread(value: float, u: str) -> Metric:
+        return measured(float(value), u) if n > 1 else missing(f"needs 2 samples, has {n}", u)
 
+    gaps = np.diff(v)
+    if run:
+        gaps = gaps[np.arange(1, n) % run != 0]
     mid = float(np.median(v))
     p50, p99 = median(values, unit), percentile(values, 99, unit)
     worst = int(v.argmax())
@@ -172,7 +187,11 @@ def summarise(values: Sequence[float], unit: str, at_s: Sequence[float] = (), **
         "variance": spread(v.var(ddof=1) if n > 1 else 0.0, square),
         "iqr": spread(float(np.subtract(*np.percentile(v, [75, 25]))), unit),
         "mad": spread(float(np.median(np.abs(v - mid))), unit),
-        "gap_variance": spread(np.diff(v).var(ddof=1) if n > 2 else 0.0, square, needed=3),
+        "gap_variance": (
+            measured(float(gaps.var(ddof=1)), square)
+            if len(gaps) > 1
+            else missing(f"needs 2 gaps, has {len(gaps)}", square)
+        ),
         "longest_stall": measured(
             float(v[worst]) - mid, unit, index=worst, **({"at_s": round(at_s[worst], 6)} if len(at_s) else {})
         ),
@@ -184,17 +203,21 @@ def summarise(values: Sequence[float], unit: str, at_s: Sequence[float] = (), **
 # ---- host -----------------------------------------------------------------------------------------------------------
 
 
-def wall_clock(call: Callable[[], Any], rule: StopRule, unit: str = "us") -> Samples:
-    """Wall-clock samples of `call`, after two calls that warm it up."""
+def wall_clock(
+    call: Callable[[], Any], rule: StopRule, unit: str = "us", prepare: Callable[[], Any] | None = None
+) -> Samples:
+    """Wall-clock samples of `call`, after two calls that warm it up; `prepare` runs before each, outside the clock."""
     scale = {"us": 1e6, "ms": 1e3}[unit]
 
     def sample() -> float:
+        if prepare:
+            prepare()
         start = time.perf_counter()
         call()
         return (time.perf_counter() - start) * scale
 
     for _ in range(2):
-        call()
+        sample()
     return take(sample, unit, rule)
 
 
@@ -203,22 +226,35 @@ def wall_clock(call: Callable[[], Any], rule: StopRule, unit: str = "us") -> Sam
 
 @dataclass(frozen=True)
 class Rotation:
-    """Calls that a graph goes through in turn, each on its own copy of the data.
+    """The launches of a graph, each on one of several copies of the same data.
+
+    A cold graph goes through the copies in turn; a warm one has as many launches, all of them on the first copy, so
+    that the two differ in nothing but what the L2 holds.
 
     Attributes:
-        calls: enqueue the same work on one copy each.
-        bytes: bytes of one copy.
-        l2: ``"cold"`` when all copies together exceed :data:`COLD_L2_FACTOR` times the L2, else ``"warm"``.
+        calls: enqueue the same work, one on each copy.
+        copy_bytes: of one copy: what is read once a call and shared with no other copy.
+        l2: ``"cold"`` or ``"warm"``.
     """
 
     calls: Sequence[Callable[[], Any]]
-    bytes: int
+    copy_bytes: int
     l2: str
 
     @property
+    def used(self) -> Sequence[Callable[[], Any]]:
+        """The calls that the graph consists of."""
+        return self.calls if self.l2 == "cold" else self.calls[:1]
+
+    @property
     def launches(self) -> int:
-        """Calls in one graph: whole rounds, at least :data:`GRAPH_LAUNCHES`."""
+        """Calls in one graph: whole rounds through all copies, at least :data:`GRAPH_LAUNCHES`."""
         return math.ceil(GRAPH_LAUNCHES / len(self.calls)) * len(self.calls)
+
+    @property
+    def bytes_touched(self) -> int:
+        """Bytes of all copies that the graph reads."""
+        return self.copy_bytes * len(self.used)
 
 
 def l2_bytes() -> int:
@@ -234,17 +270,23 @@ def cold_copies(copy_bytes: int, l2: int) -> int:
 
 
 def capture(rotation: Rotation) -> Any:
-    """A `cupy.cuda.Graph` of `rotation.launches` calls. Each call ran once before: compiled, allocated, warm."""
+    """A `cupy.cuda.Graph` of `rotation.launches` calls, each of which ran once before: compiled, allocated, warm.
+
+    Raises:
+        ValueError: a cold rotation whose copies do not exceed :data:`COLD_L2_FACTOR` times the L2.
+    """
+    if rotation.l2 == "cold" and rotation.bytes_touched <= COLD_L2_FACTOR * (l2 := l2_bytes()):
+        raise ValueError(f"{rotation.bytes_touched} bytes are not cold: the L2 holds {l2}, {COLD_L2_FACTOR} times that")
     import cupy as cp
 
-    for call in rotation.calls:
+    for call in rotation.used:
         call()
     cp.cuda.Device().synchronize()
     stream = cp.cuda.Stream(non_blocking=True)
     with stream:
         stream.begin_capture()
         for i in range(rotation.launches):
-            rotation.calls[i % len(rotation.calls)]()
+            rotation.used[i % len(rotation.used)]()
         graph = stream.end_capture()
     graph.upload(stream)
     stream.synchronize()
@@ -254,20 +296,25 @@ def capture(rotation: Rotation) -> Any:
 def kernel(rotation: Rotation, rule: StopRule, prepare: Callable[[], Any] | None = None) -> dict[str, Any]:
     """The `kernel` series in microseconds a call: one sample is one replay of the graph, divided by its calls.
 
-    It includes what the graph needs between two nodes (0.8 us on an H200, as an empty kernel shows). `prepare` is
-    called between the capture and the first replay, for example to poison the result that the graph has to write.
+    Another replay goes before it, so that the device is busy when it reaches the first event: the start of a graph,
+    about 5 us, stays out of the sample. What the graph needs between two nodes (0.8 us on an H200, as an empty kernel
+    shows) stays in. `prepare` is called between the capture and the first replay, for example to poison the result
+    that the graph has to write.
+
+    Raises:
+        ValueError: see :func:`capture`.
     """
     graph = capture(rotation)
     if prepare:
         prepare()
-    series = _between_events(graph.launch, rule, rotation.launches)
+    series = _between_events(graph.launch, rule, rotation.launches, lead=graph.launch)
     return series.summary(
         series="kernel",
-        method="CUDA graph between events",
+        method="CUDA graph between events, behind another replay",
         l2=rotation.l2,
         launches_per_sample=rotation.launches,
-        copies=len(rotation.calls),
-        bytes_touched=rotation.bytes * len(rotation.calls),
+        copies=len(rotation.used),
+        bytes_touched=rotation.bytes_touched,
         l2_bytes=l2_bytes(),
     )
 
@@ -282,13 +329,18 @@ def end_to_end(call: Callable[[], Any], rule: StopRule) -> dict[str, Any]:
     return wall_clock(call, rule).summary(series="end_to_end", method="wall clock, pinned host arrays")
 
 
-def _between_events(call: Callable[[], Any], rule: StopRule, divisor: int) -> Samples:
+def _between_events(
+    call: Callable[[], Any], rule: StopRule, divisor: int, lead: Callable[[], Any] | None = None
+) -> Samples:
+    """Microseconds of `call` over `divisor`; `lead` is enqueued before the first event."""
     import cupy as cp
 
     stream = cp.cuda.Stream(non_blocking=True)
     start, stop = cp.cuda.Event(), cp.cuda.Event()
 
     def sample() -> float:
+        if lead:
+            lead()
         start.record(stream)
         call()
         stop.record(stream)

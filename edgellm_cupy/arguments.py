@@ -6,7 +6,6 @@ what came. The checks are on the path of every call, so they compare attributes 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import ml_dtypes
@@ -20,6 +19,8 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT32 = np.dtype(np.float32)
 DTYPES = (FLOAT16, BFLOAT16, FLOAT32)
 ACTIVATIONS = ("float", "int8")
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+LARGEST_BATCH = 65_535  # a launch has one row of blocks a sequence
 LARGEST_INT8_K = 4_000_000
 """Codes of up to 2 times int8 values add up to less than 2**31 for any K below this."""
 STRATEGIES = ("adaptive", "streaming", "separate")
@@ -35,38 +36,48 @@ def check_rmsnorm(array_type: Any, x: Any, gamma: Any, eps: float, out: Any) -> 
     _check_devices(array_type, (("x", x), ("gamma", gamma), ("out", out)))
 
 
-def check_ternary_matmul(array_type: Any, x: Any, W: Any, activation: str, residual: Any, out: Any) -> None:
-    """Arguments of `ternary_matmul`, and the part of `rmsnorm_ternary_matmul` that it shares."""
-    _check_activations(array_type, x)
-    _check_weight(array_type, x, W)
-    if activation not in ACTIVATIONS:
-        raise ArgumentValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-    if activation == "int8" and W.shape[1] > LARGEST_INT8_K:
-        raise ArgumentValueError(f"W has K = {W.shape[1]}, expected at most {LARGEST_INT8_K} for exact int32 sums")
-    shape = (*x.shape[:-1], W.shape[0])
-    if residual is not None:
-        _check_result(array_type, "residual", residual, shape, (x.dtype,))
-    if out is not None:
-        _check_result(array_type, "out", out, shape, DTYPES)
-        _check_no_overlap(array_type, out, (("x", x),))
-        if residual is not None and not (
-            out.dtype == residual.dtype and _address(array_type, out) == _address(array_type, residual)
-        ):
-            _check_no_overlap(array_type, out, (("residual", residual),))
-    _check_devices(array_type, (("x", x), ("W", W.packed), ("residual", residual), ("out", out)))
+def check_ternary_matmul(array_type: Any, x: Any, W: Any, activation: str, out: Any) -> None:
+    """Arguments of `ternary_matmul`."""
+    _check_product(array_type, x, W, activation, None, out)
+    _check_devices(array_type, (("x", x), ("W", W.packed), ("out", out)))
 
 
 def check_rmsnorm_ternary_matmul(
     array_type: Any, x: Any, gamma: Any, W: Any, eps: float, activation: str, residual: Any, strategy: str, out: Any
 ) -> None:
     """Arguments of `rmsnorm_ternary_matmul`."""
-    check_ternary_matmul(array_type, x, W, activation, residual, out)
+    _check_product(array_type, x, W, activation, residual, out)
     _check_gamma(array_type, x, gamma, eps)
     if out is not None:
         _check_no_overlap(array_type, out, (("gamma", gamma),))
-    _check_devices(array_type, (("x", x), ("gamma", gamma)))
+    arrays = (("x", x), ("gamma", gamma), ("W", W.packed), ("residual", residual), ("out", out))
+    _check_devices(array_type, arrays)
     if strategy not in STRATEGIES:
         raise ArgumentValueError(f"strategy is {strategy!r}, expected one of {', '.join(STRATEGIES)}")
+
+
+def check_cache_size(max_len: Any, batch: Any) -> None:
+    """Arguments of `new_cache`."""
+    for name, value in (("max_len", max_len), ("batch", batch)):
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+            raise ArgumentTypeError(f"{name}: expected an integer, got {type(value).__name__}")
+        if value < 1:
+            raise ArgumentValueError(f"{name} is {value}, expected at least 1")
+    if batch > LARGEST_BATCH:
+        raise ArgumentValueError(f"batch is {batch}, expected at most {LARGEST_BATCH}")
+
+
+def check_tokens(ids: np.ndarray, batch: int, length: int, max_len: int, vocab_size: int) -> None:
+    """Token ids [B, N] in host memory that fit the vocabulary, and a cache that holds `length` of `max_len` tokens."""
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ArgumentTypeError(f"token_ids: expected integers, got {ids.dtype}")
+    if ids.ndim != 2 or ids.shape[0] != batch or ids.shape[1] < 1:
+        raise ArgumentValueError(f"token_ids.shape is {ids.shape}, expected [{batch}, N] (batch {batch}), N >= 1")
+    if length + ids.shape[1] > max_len:
+        raise ArgumentValueError(f"token_ids: {ids.shape[1]} more after {length} do not fit max_len = {max_len}")
+    if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
+        bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+        raise ArgumentValueError(f"token_ids holds {bad}, expected 0 <= token < vocabulary = {vocab_size}")
 
 
 # ---- one argument each ----------------------------------------------------------------------------------------------
@@ -98,8 +109,8 @@ def _check_gamma(array_type: Any, x: Any, gamma: Any, eps: float) -> None:
         raise ArgumentValueError(f"gamma.shape is {gamma.shape}, but x.shape[-1] is K = {x.shape[-1]}")
     if not isinstance(eps, (int, float, np.floating, np.integer)) or isinstance(eps, bool):
         raise ArgumentTypeError(f"eps: expected a number, got {type(eps).__name__}")
-    if not (eps >= 0 and math.isfinite(eps)):
-        raise ArgumentValueError(f"eps is {eps}, expected a finite number >= 0")
+    if not 0 <= eps <= _FLOAT32_MAX:
+        raise ArgumentValueError(f"eps is {eps}, expected a finite number >= 0 that float32 holds")
 
 
 def _check_weight(array_type: Any, x: Any, W: Any) -> None:
@@ -112,6 +123,24 @@ def _check_weight(array_type: Any, x: Any, W: Any) -> None:
         )
     if W.shape[1] != x.shape[-1]:
         raise ArgumentValueError(f"x.shape[-1] is {x.shape[-1]}, but the weight has K = {W.shape[1]}")
+
+
+def _check_product(array_type: Any, x: Any, W: Any, activation: str, residual: Any, out: Any) -> None:
+    _check_activations(array_type, x)
+    _check_weight(array_type, x, W)
+    if activation not in ACTIVATIONS:
+        raise ArgumentValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    if activation == "int8" and W.shape[1] > LARGEST_INT8_K:
+        raise ArgumentValueError(f"W has K = {W.shape[1]}, expected at most {LARGEST_INT8_K} for exact int32 sums")
+    shape = (*x.shape[:-1], W.shape[0])
+    if residual is not None:
+        _check_result(array_type, "residual", residual, shape, (x.dtype,))
+    if out is not None:
+        _check_result(array_type, "out", out, shape, DTYPES)
+        _check_no_overlap(array_type, out, (("x", x),))
+        in_place = residual is not None and out.dtype == residual.dtype
+        if residual is not None and not (in_place and _address(array_type, out) == _address(array_type, residual)):
+            _check_no_overlap(array_type, out, (("residual", residual),))
 
 
 def _check_result(array_type: Any, name: str, a: Any, shape: tuple[int, ...], dtypes: tuple[Any, ...]) -> None:

@@ -1,7 +1,9 @@
 """The command `edgellm`. stdout carries the result, stderr progress and errors, the exit code says how it ended.
 
-Exit codes: 0 done, 2 wrong usage or a bad file, 3 no usable GPU although one was demanded, 4 a result was wrong,
-6 partial (a part of the benchmark failed), 130 interrupted.
+Exit codes: 0 done, 2 wrong usage or a file that cannot be read or written (stdout too), 3 no usable GPU although one
+was demanded, 4 a result was wrong, 6 partial (a part of the benchmark failed), 130 interrupted.
+
+What takes long to import is imported by the commands themselves, where Ctrl-C is already an exit code.
 """
 
 from __future__ import annotations
@@ -13,23 +15,19 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from . import formats, runtime, verify
-from .bench import hardware, report, suite
-from .bench.context import Context
+from . import formats, runtime
 from .errors import ArgumentValueError, EdgeLLMError, GpuUnavailableError
-from .formats import compact
 from .formats.checkpoint import Checkpoint
 from .formats.config import ModelConfig
 from .version import __version__
 
-EXIT_USAGE, EXIT_NO_GPU = 2, 3  # the other codes are those of a benchmark, in bench.suite
+EXIT_USAGE, EXIT_NO_GPU, EXIT_WRONG_RESULT, EXIT_INTERRUPTED = 2, 3, 4, 130
 
 DEFAULT_MODEL = "smollm-135m"
 DEFAULT_OUT = Path("edgellm-report")
@@ -52,9 +50,28 @@ class Backend(str, Enum):
     numpy = "numpy"
 
 
+class Part(str, Enum):
+    """The parts of the benchmark: those of `bench.suite`, in its order."""
+
+    hardware = "hardware"
+    reproducibility = "reproducibility"
+    latency = "latency"
+    transfer = "transfer"
+    tokens = "tokens"
+    scaling = "scaling"
+    power = "power"
+    kernels = "kernels"
+    utilisation = "utilisation"
+    cpu = "cpu"
+
+
 def main() -> None:
     """Entry point of the command."""
-    app()
+    try:
+        app()
+    except OSError:
+        _print("")  # ends here, with its own message, if it was stdout that could not be written, as by --help
+        raise
 
 
 @contextmanager
@@ -67,27 +84,39 @@ def _exit_codes() -> Iterator[None]:
     except EdgeLLMError as e:
         _fail(str(e), EXIT_USAGE)
     except KeyboardInterrupt:
-        _fail("interrupted", suite.EXIT_INTERRUPTED)
+        _fail("interrupted", EXIT_INTERRUPTED)
 
 
 def _fail(message: str, code: int) -> NoReturn:
     _say(f"error: {message.splitlines()[0]}")
-    raise typer.Exit(code)
+    sys.exit(code)
 
 
-def _print(text: str, stream: TextIO | None = None) -> None:
-    """Write to stdout, or to `stream`. A reader that has gone away (`edgellm bench | head`) is no error of ours."""
-    stream = stream or sys.stdout
+@contextmanager
+def _writing_to(stream: TextIO) -> Iterator[None]:
+    """A stdout that is full or broken ends the command with one line on stderr.
+
+    A reader that has gone away (`edgellm bench | head`) is no error of ours, and with stderr there is no one to tell.
+    """
     try:
-        print(text, file=stream, flush=True)
-    except BrokenPipeError:
+        yield
+    except OSError as e:
         # The interpreter flushes its streams once more at exit; give this one somewhere to write.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if stream is sys.stdout and not isinstance(e, BrokenPipeError):
+            _fail(f"stdout: cannot be written: {e.strerror}", EXIT_USAGE)
+
+
+def _print(text: str) -> None:
+    """Write the result to stdout."""
+    with _writing_to(sys.stdout):
+        print(text, flush=True)
 
 
 def _say(text: str) -> None:
     """Write progress to stderr."""
-    _print(text, sys.stderr)
+    with _writing_to(sys.stderr):
+        print(text, file=sys.stderr, flush=True)
 
 
 # ---- the commands ---------------------------------------------------------------------------------------------------
@@ -112,6 +141,8 @@ def _options(
 @_exit_codes()
 def info(as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False) -> None:
     """Show GPU, driver, CUDA, clocks, power and host; where there is no usable GPU, what exactly is missing."""
+    from .bench import hardware, report
+
     try:
         runtime.require_gpu()
         no_gpu = None
@@ -128,19 +159,10 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="One JSON object i
         _print(f"{key:{width}}  {report.with_unit(figure)}")
 
 
-def _known_part(name: str | None) -> str | None:
-    if name is not None and name not in suite.PARTS:
-        raise typer.BadParameter(f"{name!r} is not one of {', '.join(suite.PARTS)}")
-    return name
-
-
 @app.command()
 @_exit_codes()
 def bench(
-    part: Annotated[
-        str | None,
-        typer.Argument(callback=_known_part, help=f"One part only: {', '.join(suite.PARTS)}.", show_default="all"),
-    ] = None,
+    part: Annotated[Part | None, typer.Argument(help="One part only.", show_default="all")] = None,
     model: Annotated[
         str | None, typer.Option(help="A preset, or a JSON file with a configuration.", show_default=DEFAULT_MODEL)
     ] = None,
@@ -155,16 +177,25 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Short windows, few samples: a first look.")] = False,
 ) -> None:
     """Measure a model on this machine and write the report."""
-    folder = out or (DEFAULT_OUT / part if part else DEFAULT_OUT)
-    names = [part] if part else list(suite.PARTS)
-    no_gpu = _why_no_gpu(backend)
+    from .bench import report, suite
+    from .bench.context import Context
+
+    folder = out or (DEFAULT_OUT / part.value if part else DEFAULT_OUT)
+    names = [part.value] if part else list(suite.PARTS)
+    no_gpu, remedy = _why_no_gpu(backend)
+    if remedy:
+        _say(f"edgellm bench: {no_gpu}; {remedy}. Measuring on the NumPy backend.")
+    report.make_folder(folder)  # now, not after minutes of work
     with _progress(names) as (begin, step):
         step("reading or making the weights")
         ctx = Context(_checkpoint(model, weights), no_gpu, quick, step)
-        report.make_folder(folder)  # now, not after minutes of work
         result = suite.run(ctx, names, shlex.join(["edgellm", *sys.argv[1:]]), begin)
-    written = report.write(result, folder)
-    _print(_rendered(report.terminal(result)))
+    if remedy:
+        result["no_gpu"] = f"{no_gpu}; {remedy}"  # once, at the top; a null figure has the reason alone
+    try:
+        written = report.write(result, folder)
+    finally:  # a disk that is full by now must not cost the run
+        _print(_rendered(report.terminal(result)))
     _print("\n".join(f"written: {path}" for path in written))
     raise typer.Exit(suite.exit_code(result))
 
@@ -174,13 +205,20 @@ def bench(
 def verify_command() -> None:
     """Check every kernel against the NumPy reference on this machine's GPU."""
     runtime.require_gpu()
+    from . import verify
+    from .tuning import specialisations
+    from .tuning.device import current_facts
+
     with _status() as step:
         failures = verify.run(step)
     for failure in failures:
         _print(f"wrong: {failure}")
+    cases = sum(1 for _ in verify.cases(current_facts()))
+    what = f"{cases} cases and {len(list(specialisations()))} kernel specialisations on {runtime.device_name()}"
     if failures:
-        raise typer.Exit(suite.EXIT_WRONG_RESULT)
-    _print(f"every kernel agrees with the reference on {runtime.device_name()}")
+        _print(f"{len(failures)} failures in {what}")
+        raise typer.Exit(EXIT_WRONG_RESULT)
+    _print(f"{what}: every result agrees with the reference")
 
 
 @app.command()
@@ -190,6 +228,8 @@ def convert(
     target: Annotated[Path, typer.Argument(help="The compact safetensors file to write.")],
 ) -> None:
     """Quantise a checkpoint to ternary and write it in the compact format."""
+    from .formats import compact
+
     checkpoint = formats.load_checkpoint(source)
     compact.write(checkpoint, target)
     _print(f"{target}: {checkpoint.config.name}, {target.stat().st_size / 1e6:.1f} MB")
@@ -202,27 +242,29 @@ def report_command(
     out: Annotated[Path | None, typer.Option(help="Folder for report.md.", show_default="that of RUN.json")] = None,
 ) -> None:
     """Make the Markdown again from the JSON of a run."""
+    from .bench import report
+
     _print(f"written: {report.remake(run, out or run.parent)}")
 
 
 # ---- their parts ----------------------------------------------------------------------------------------------------
 
 
-def _why_no_gpu(backend: Backend) -> str | None:
-    """None: the GPU is used; else why it is not, in one line.
+def _why_no_gpu(backend: Backend) -> tuple[str | None, str | None]:
+    """Why the GPU is not used, in one line (None: it is), and what to do about it, where that was not the wish.
 
     Raises:
         GpuUnavailableError: `backend` demands a GPU and none is usable.
     """
     if backend is Backend.numpy:
-        return "the NumPy backend was asked for"
+        return "the NumPy backend was asked for", None
     try:
         runtime.require_gpu()
     except GpuUnavailableError as e:
         if backend is Backend.cuda:
             raise
-        return f"no usable GPU: {e.layer}: {e.reason}"
-    return None
+        return f"no usable GPU: {e.layer}: {e.reason}", e.remedy
+    return None, None
 
 
 def _checkpoint(model: str | None, weights: Path | None) -> Checkpoint:
@@ -246,6 +288,8 @@ def _status() -> Iterator[Callable[[str], None]]:
     if not _on_terminal():
         yield lambda step: None
         return
+    from rich.console import Console
+
     with Console(stderr=True).status("") as status:
         yield status.update
 
@@ -259,6 +303,11 @@ def _progress(names: list[str]) -> Iterator[tuple[Callable[[str], None], Callabl
     if not _on_terminal():
         yield (lambda name: _say(f"edgellm bench: {name}")), (lambda step: None)
         return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from .bench import suite
+
     done = 0
     bar = Progress(
         TextColumn("{task.description:<34.34}"),
@@ -283,8 +332,10 @@ def _progress(names: list[str]) -> Iterator[tuple[Callable[[str], None], Callabl
 
 def _rendered(content: Any) -> str:
     """Rich content as text for stdout: at most 80 columns, coloured only on a terminal that wants it."""
-    console = Console(color_system=None if _NO_COLOR else "auto")
+    from rich.console import Console
+
+    text = StringIO()
+    console = Console(file=text, color_system=None if _NO_COLOR else "auto", force_terminal=sys.stdout.isatty() or None)
     console.width = min(console.width, 80)
-    with console.capture() as captured:
-        console.print(content)
-    return captured.get().rstrip("\n")
+    console.print(content)
+    return text.getvalue().rstrip("\n")

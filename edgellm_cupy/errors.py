@@ -35,6 +35,9 @@ class GpuUnavailableError(EdgeLLMError, RuntimeError):
         super().__init__(f"no usable GPU: {layer}: {reason}; {remedy}")
         self.layer, self.reason, self.remedy = layer, reason, remedy
 
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return type(self), (self.layer, self.reason, self.remedy)
+
 
 class MissingDependencyError(EdgeLLMError, ImportError):
     """An optional package is not installed; the message names the extra that brings it."""

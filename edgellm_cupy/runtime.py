@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .errors import GpuUnavailableError
+from .errors import ArgumentValueError, GpuUnavailableError
 
 _EXTRA = "pip install 'edgellm-cupy[cuda13]' (driver 580 or newer) or '[cuda12]'"
 
@@ -57,10 +57,13 @@ def device_name(device: int | None = None) -> str:
     """Name of CUDA device number `device` (default: the current one), such as ``"NVIDIA H200"``.
 
     Raises:
+        ArgumentValueError: no such device.
         GpuUnavailableError: no usable GPU.
     """
     cupy = require_cupy()
     index = cupy.cuda.runtime.getDevice() if device is None else device
+    if not 0 <= index < cupy.cuda.runtime.getDeviceCount():
+        raise ArgumentValueError(f"device is {index}, expected 0 to {cupy.cuda.runtime.getDeviceCount() - 1}")
     return str(cupy.cuda.runtime.getDeviceProperties(index)["name"].decode())
 
 

@@ -25,8 +25,14 @@ from .runtime import require_gpu
 from .tuning import FLOOR_THREADS, floor_spec, specialisations
 from .tuning.device import DeviceFacts, current_facts
 
-LOGIT_TOLERANCE = {"float32": 2e-5, "float16": 1e-2, "bfloat16": 8e-2}
-"""Largest error of a logit over the largest logit, two layers, float activation."""
+LOGIT_TOLERANCE = {
+    ("float32", "float"): 2e-5,
+    ("float32", "int8"): 5e-3,
+    ("float16", "float"): 1e-2,
+    ("bfloat16", "float"): 8e-2,
+}
+"""(dtype, activation) -> largest error of a logit over the largest logit, two layers. A rounding that tips a quantised
+activation over a tie moves it by 1 / 127 of the absmax, so int8 is compared in float32, where few lie that close."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +99,11 @@ def run(progress: Callable[[str], None] = lambda message: None) -> list[str]:
         progress(str(case))
         failures += [f"{case}: {message}" for message in _check_case(cp, case, rng)]
     for config in PRESETS.values():
-        for dtype in LOGIT_TOLERANCE:
-            progress(f"decoder {config.name} {dtype}")
-            failures += _check_decoder(cp, config, dtype)
+        for (dtype, activation), tolerance in LOGIT_TOLERANCE.items():
+            what = f"decoder {config.name} {dtype} {activation}"
+            progress(what)
+            messages = _check_decoder(cp, config, dtype, activation, tolerance)
+            failures += [f"{what}: {message}" for message in messages]
     failures += _check_floor(cp, rng)
     reached = {kernel.spec for kernel in loaded()}
     failures += [f"{spec.name}: no case reaches it" for spec in specialisations() if spec not in reached]
@@ -136,28 +144,32 @@ def _check_case(cp: Any, case: Case, rng: np.random.Generator) -> Iterator[str]:
         yield f"rmsnorm: {message}"
 
 
-def _check_decoder(cp: Any, preset: ModelConfig, dtype: str) -> Iterator[str]:
-    """Two layers of a preset with a small vocabulary: prefill, then decoding through the graph, against NumPy."""
+def _check_decoder(cp: Any, preset: ModelConfig, dtype: str, activation: str, tolerance: float) -> Iterator[str]:
+    """Two layers of a preset with a small vocabulary, two sequences: prefill, prefill onto that, then decoding through
+    the graph, against NumPy."""
     config = replace(preset, num_layers=2, vocab_size=1000)
     checkpoint = Checkpoint.random(config, seed=1)
-    model = TernaryTransformer(checkpoint, activation="float", dtype=dtype)
-    reference = ReferenceTransformer(checkpoint, activation="float")
-    cache, expected = model.new_cache(200), reference.new_cache(200)
-    prompt = np.random.default_rng(2).integers(0, 1000, 130)
+    model = TernaryTransformer(checkpoint, activation=activation, dtype=dtype)
+    reference = ReferenceTransformer(checkpoint, activation=activation)
+    cache, expected = model.new_cache(200, batch=2), reference.new_cache(200, batch=2)
+    prompt = np.random.default_rng(2).integers(0, 1000, (2, 130))
 
-    def compare(what: str, right: np.ndarray) -> Iterator[str]:
-        error = np.abs(cache.logits[0].get() - right.reshape(-1)).max() / np.abs(right).max()
-        if not error <= LOGIT_TOLERANCE[dtype]:
-            yield f"decoder {preset.name} {dtype}: {what}: error {error:.3g} of the largest logit"
-        if int(cache.token[0]) != int(cp.argmax(cache.logits[0])):
-            yield f"decoder {preset.name} {dtype}: {what}: the greedy token is not the largest logit"
+    def compare(what: str) -> Iterator[str]:
+        logits, right = cache.logits.get(), expected.logits
+        error = np.abs(logits - right).max() / np.abs(right).max()
+        if not error <= tolerance:
+            yield f"{what}: error {error:.3g} of the largest logit"
+        if cache.token.get().tolist() != logits.argmax(axis=1).tolist():
+            yield f"{what}: the greedy tokens are not the largest logits"
 
-    model.prefill(prompt, cache)
-    yield from compare("prefill", reference.prefill(prompt, expected))
-    for token in (5, 999):
+    for part in (prompt[:, :100], prompt[:, 100:]):
+        model.prefill(part, cache)
+        reference.prefill(part, expected)
+        yield from compare(f"prefill to {expected.length}")
+    for token in ([5, 999], [0, 7]):
         model.decode_one_token(token, cache)
         reference.decode_one_token(token, expected)
-        yield from compare(f"token {cache.length}", expected.logits)
+        yield from compare(f"token {expected.length}")
 
 
 def _check_floor(cp: Any, rng: np.random.Generator) -> Iterator[str]:

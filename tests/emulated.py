@@ -23,7 +23,7 @@ from tests.emulator import Emulator
 
 H200 = DeviceFacts(arch=90, multiprocessors=132, threads=2048, shared_bytes=233472, block_shared_bytes=232448)
 T4 = DeviceFacts(arch=75, multiprocessors=40, threads=1024, shared_bytes=65536, block_shared_bytes=65536)
-TINY = DeviceFacts(arch=75, multiprocessors=2, threads=1024, shared_bytes=8192, block_shared_bytes=8192)
+TINY = DeviceFacts(arch=75, multiprocessors=2, threads=1024, shared_bytes=20480, block_shared_bytes=20480)
 """No real GPU: its two multiprocessors and little shared memory make small problems take every persistent loop."""
 
 
@@ -41,16 +41,37 @@ class EmulatedGpu:
         launched: the specialisations launched so far.
     """
 
-    def __init__(self, emulator: Emulator):
-        self.emulator, self.launched = emulator, set[KernelSpec]()
+    def __init__(self, emulator: Emulator, facts: DeviceFacts):
+        self.emulator, self.facts, self.launched = emulator, facts, set[KernelSpec]()
+        self._recording: list[Callable[[], None]] | None = None
 
     def load(self, spec: KernelSpec) -> Callable[..., None]:
         def launch(grid: Any, block: Any, args: tuple[Any, ...], shared_bytes: int = 0) -> None:
+            assert shared_bytes <= self.facts.block_shared_bytes, f"{spec.name}: {shared_bytes} bytes of shared memory"
             self.launched.add(spec)
             pointers_or_values = [None if a is enqueue.NULL else a for a in args]
-            self.emulator.launch(spec.name, grid, block, pointers_or_values, shared=shared_bytes)
+
+            def run() -> None:
+                self.emulator.launch(spec.name, grid, block, pointers_or_values, shared=shared_bytes)
+
+            if self._recording is None:
+                run()
+            else:
+                self._recording.append(run)
 
         return launch
+
+    def capture(self, record: Callable[[], None]) -> SimpleNamespace:
+        """Like `kernels.capture`: each replay has the very arguments of the recording, stale or not."""
+        self._recording = nodes = []
+        record()
+        self._recording = None
+
+        def replay() -> None:
+            for node in nodes:
+                node()
+
+        return SimpleNamespace(launch=replay)
 
 
 def new_emulator() -> Emulator:
@@ -63,7 +84,7 @@ def new_emulator() -> Emulator:
 @contextmanager
 def emulated_gpu(emulator: Emulator, facts: DeviceFacts = H200) -> Iterator[EmulatedGpu]:
     """Inside, `edgellm_cupy`'s GPU functions and decoder take NumPy arrays and run in the emulator."""
-    gpu = EmulatedGpu(emulator)
+    gpu = EmulatedGpu(emulator, facts)
     stream = SimpleNamespace(is_capturing=lambda: False)
     cupy = SimpleNamespace(
         ndarray=np.ndarray,
@@ -74,19 +95,13 @@ def emulated_gpu(emulator: Emulator, facts: DeviceFacts = H200) -> Iterator[Emul
         int32=np.int32,
         float32=np.float32,
         uint64=np.uint64,
-        cuda=SimpleNamespace(get_current_stream=lambda: stream),
+        cuda=SimpleNamespace(get_current_stream=lambda: stream, runtime=SimpleNamespace(getDevice=lambda: 0)),
     )
-
-    class EagerGraph:
-        """A graph that runs its launches anew each time."""
-
-        def __init__(self, record: Callable[[], None]):
-            self.launch = record
 
     with (
         mock.patch.object(public, "_cupy", cupy),
         mock.patch.object(decoder, "require_gpu", return_value=cupy),
-        mock.patch.object(decoder, "capture", EagerGraph),
+        mock.patch.object(decoder, "capture", gpu.capture),
         mock.patch.object(decoder, "load", gpu.load),
         mock.patch.object(enqueue, "load", gpu.load),
         mock.patch.object(enqueue, "current_facts", return_value=facts),

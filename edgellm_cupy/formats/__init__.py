@@ -1,4 +1,4 @@
-"""Ternary weights, their packed layout, model configurations, and readers and writers of checkpoints. Pure NumPy."""
+"""Ternary weights, their packed layout, model configurations, and readers and writers of checkpoints."""
 
 from __future__ import annotations
 

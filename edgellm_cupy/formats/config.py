@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import ArgumentValueError, CheckpointError
 
+
 def _has_type(value: Any, name: str) -> bool:
     """Whether `value` is what a field of that type may hold; True and False are no numbers."""
     types: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}

@@ -10,6 +10,8 @@ from ..errors import ArgumentTypeError, ArgumentValueError
 from . import packing
 from .arrays import is_cupy, namespace
 
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+
 
 class TernaryWeight:
     """A matrix W = scale * t with t in {-1, 0, 1}, two bits a weight.
@@ -47,11 +49,11 @@ class TernaryWeight:
                 scale that is not finite.
         """
         xp = _require_matrix(t, "t", ("int8",))
-        bad = (t < -1) | (t > 1)
-        if bool(bad.any()):
-            row, col = divmod(int(bad.argmax()), t.shape[1])
-            raise ArgumentValueError(f"t[{row}, {col}] is {int(t[row, col])}, expected -1, 0 or 1")
         with _device_of(t):
+            bad = (t < -1) | (t > 1)
+            if bool(bad.any()):
+                row, col = divmod(int(bad.argmax()), t.shape[1])
+                raise ArgumentValueError(f"t[{row}, {col}] is {int(t[row, col])}, expected -1, 0 or 1")
             return cls(packing.pack(t, xp), _require_scale(scale, t, xp), t.shape)
 
     @classmethod
@@ -82,13 +84,16 @@ class TernaryWeight:
 
     @classmethod
     def from_packed(cls, packed: Any, scale: Any, shape: tuple[int, int]) -> TernaryWeight:
-        """Wrap codes that are packed already (a file of ours); they are checked, not copied.
+        """Wrap codes that are packed already (a file of ours); they are checked, and not copied unless they are not
+        contiguous or, on a device, not aligned to the 16 bytes that kernels load.
 
         Raises:
             ArgumentTypeError: `packed` is not uint8.
             ArgumentValueError: the sizes disagree, a code is 3, a padding code is not 1, or a scale is not finite.
         """
         m, k = shape
+        if not (isinstance(m, int) and isinstance(k, int) and m >= 1 and k >= 1):
+            raise ArgumentValueError(f"shape is {shape}, expected (M, K), two integers of at least 1")
         if not hasattr(packed, "dtype") or packed.dtype != np.uint8:
             raise ArgumentTypeError(f"packed: expected a uint8 array, got {_kind(packed)}")
         expected = (m, packing.chunks(k), packing.CHUNK_BYTES)
@@ -106,7 +111,10 @@ class TernaryWeight:
                 tail = packing.unpack(xp.ascontiguousarray(packed[:, -1:]), packing.CHUNK, xp)[:, pad:]
                 if bool(tail.any()):
                     raise ArgumentValueError(f"packed: the codes after K = {k} must all be zero weights")
-            return cls(xp.ascontiguousarray(packed), _require_scale(scale, packed, xp), (int(m), int(k)))
+            packed = xp.ascontiguousarray(packed)
+            if is_cupy(packed) and packed.data.ptr % packing.CHUNK_BYTES:
+                packed = packed.copy()
+            return cls(packed, _require_scale(scale, packed, xp), (m, k))
 
     # ---- looking at it ----------------------------------------------------------------------------------------------
 
@@ -135,11 +143,14 @@ class TernaryWeight:
         """A copy on CUDA device number `device` (default: the current one); itself when it is there already.
 
         Raises:
+            ArgumentValueError: no such device.
             GpuUnavailableError: no usable GPU.
         """
         from ..runtime import require_cupy
 
         cp = require_cupy()
+        if device is not None and not 0 <= device < cp.cuda.runtime.getDeviceCount():
+            raise ArgumentValueError(f"device is {device}, expected 0 to {cp.cuda.runtime.getDeviceCount() - 1}")
         target = cp.cuda.Device(device)
         if self.on_device and self.packed.device == target:
             return self
@@ -190,7 +201,7 @@ def _require_scale(scale: Any, t: Any, xp: Any) -> Any:
     """float32 [1] or [M] in the memory of `t`."""
     m = t.shape[0]
     if isinstance(scale, (int, float, np.floating, np.integer)) and not isinstance(scale, bool):
-        if not abs(float(scale)) <= np.finfo(np.float32).max:
+        if not -_FLOAT32_MAX <= scale <= _FLOAT32_MAX:
             raise ArgumentValueError(f"scale is {scale}, expected a finite float32")
         return xp.full(1, scale, dtype=xp.float32)
     if not isinstance(scale, xp.ndarray) or scale.dtype != np.float32:
@@ -199,10 +210,10 @@ def _require_scale(scale: Any, t: Any, xp: Any) -> Any:
         )
     if scale.shape not in ((m,), (1,)):
         raise ArgumentValueError(f"scale.shape is {tuple(scale.shape)}, expected ({m},), one a row")
+    if is_cupy(t) and scale.device != t.device:
+        raise ArgumentValueError(f"scale is on {scale.device}, but the codes are on {t.device}")
     bad = ~xp.isfinite(scale)
     if bool(bad.any()):
         row = int(bad.argmax())
         raise ArgumentValueError(f"scale[{row}] is {float(scale[row])}, expected a finite float32")
-    if is_cupy(t) and scale.device != t.device:
-        raise ArgumentValueError(f"scale is on {scale.device}, but the codes are on {t.device}")
     return xp.ascontiguousarray(scale)

@@ -1,6 +1,16 @@
 """From `.cu` text to a callable: source -> spec -> nvrtc (no device) -> loader. Nothing here knows about LLMs."""
 
-from .loader import Graph, Kernel, KernelInfo, LaunchCounter, capture, count_launches, load, loaded
+from .loader import (
+    Graph,
+    Kernel,
+    KernelInfo,
+    LaunchCounter,
+    capture,
+    count_launches,
+    keep_while_captured,
+    load,
+    loaded,
+)
 from .spec import KernelSpec, Launch
 
 __all__ = [
@@ -12,6 +22,7 @@ __all__ = [
     "LaunchCounter",
     "capture",
     "count_launches",
+    "keep_while_captured",
     "load",
     "loaded",
 ]

@@ -35,6 +35,7 @@ class Kernel:
         device = cp.cuda.Device()
         self.spec, self._cp = spec, cp
         self._raw = cp.RawModule(path=str(cubin_file(spec, int(device.compute_capability)))).get_function(spec.name)
+        self._attributes = self._raw.attributes  # CuPy loads lazily: now, not at a first launch inside a capture
         self._shared_limit = _STATIC_LIMIT
         self.launch_shapes: set[tuple[tuple[int, ...], tuple[int, ...], int]] = set()
 
@@ -52,7 +53,7 @@ class Kernel:
 
     @property
     def info(self) -> KernelInfo:
-        a = self._raw.attributes
+        a = self._attributes
         return KernelInfo(
             name=self.spec.name,
             file=self.spec.file,
@@ -140,14 +141,14 @@ def count_launches() -> Iterator[LaunchCounter]:
 
 
 class Graph:
-    """A captured CUDA graph that knows its kernels.
+    """A captured CUDA graph that knows its kernels, and keeps the workspaces that they use.
 
     Attributes:
         by_name: kernel name -> nodes of it.
     """
 
-    def __init__(self, graph: Any, by_name: Counter[str]):
-        self._graph, self.by_name = graph, by_name
+    def __init__(self, graph: Any, by_name: Counter[str], workspaces: list[Any]):
+        self._graph, self.by_name, self._workspaces = graph, by_name, workspaces
 
     @property
     def kernels(self) -> int:
@@ -165,10 +166,25 @@ def capture(record: Callable[[], None]) -> Graph:
     """Run `record()`, which enqueues work on CuPy's current stream, into a graph instead of onto the device."""
     cp = require_cupy()
     stream = cp.cuda.Stream(non_blocking=True)
-    with count_launches() as counter, stream:
-        stream.begin_capture()
-        try:
-            record()
-        finally:
-            graph = stream.end_capture()
-    return Graph(graph, counter.by_name)
+    workspaces: list[Any] = []
+    _workspaces_of_captures.append(workspaces)
+    try:
+        with count_launches() as counter, stream:
+            stream.begin_capture()
+            try:
+                record()
+            finally:
+                graph = stream.end_capture()
+    finally:
+        _workspaces_of_captures.pop()
+    return Graph(graph, counter.by_name, workspaces)
+
+
+# The innermost capture of ours that is open, last; at the bottom what captures by somebody else use, whose graphs we
+# never see: that is kept for the life of the process.
+_workspaces_of_captures: list[list[Any]] = [[]]
+
+
+def keep_while_captured(workspace: Any) -> None:
+    """Keep memory that a launch under capture uses, because replays of the graph will use it again."""
+    _workspaces_of_captures[-1].append(workspace)

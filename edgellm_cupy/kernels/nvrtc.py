@@ -134,11 +134,23 @@ def cubin_file(spec: KernelSpec, arch: int) -> Path:
     """The file that holds the compiled specialisation; compiled now unless it is in the cache already."""
     key = "\0".join((spec.source(), *map(str, spec.defines()), *options(arch), version(), _header_folder()))
     path = cache_folder() / f"{spec.name[:80]}_sm{arch}_{hashlib.sha256(key.encode()).hexdigest()[:20]}.cubin"
-    if not path.is_file():
-        cubin, _ = compile_to_cubin(spec, arch)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Beside and renamed: another process may compile the same kernel at this moment.
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as f:
-            f.write(cubin)
-        os.replace(f.name, path)
+    if path.is_file():
+        return path
+    cubin, _ = compile_to_cubin(spec, arch)
+    try:
+        return _write(path, cubin)
+    except OSError:
+        # A cache that cannot be written costs the next process a compilation, not this one its kernel.
+        return _write(Path(tempfile.mkdtemp(prefix="edgellm-")) / path.name, cubin)
+
+
+def _write(path: Path, content: bytes) -> Path:
+    """Write beside and rename: another process may compile the same kernel at this moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path

@@ -27,6 +27,14 @@ class KernelSpec:
         values = "_".join(re.sub(r"\W+", "", value) for _, value in self.macros)
         return "edgellm_" + self.file.removesuffix(".cu") + (f"_{values}" if values else "")
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.file, self.macros))
+
+    def __hash__(self) -> int:
+        # Every launch looks its kernel up by the specialisation: hash the macros once.
+        return self._hash
+
     def source(self) -> str:
         """The translation unit, without the macros."""
         return expand(self.file)

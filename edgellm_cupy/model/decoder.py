@@ -13,20 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from ..arguments import ACTIVATIONS
-from ..errors import ArgumentValueError
+from ..arguments import ACTIVATIONS, check_cache_size, check_tokens
+from ..errors import ArgumentTypeError, ArgumentValueError
 from ..formats import load_checkpoint
 from ..formats.checkpoint import Checkpoint
 from ..formats.config import ModelConfig
 from ..formats.ternary import TernaryWeight
 from ..kernels import Graph, capture, load
 from ..ops import enqueue
-from ..reference.decoder import check_tokens
 from ..runtime import require_gpu
 from ..tuning import decoder as tuning
 from ..tuning.device import current_facts
 
 _I32 = np.int32
+_PREFILL_TOKENS = 4096  # tokens that a prefill processes at a time
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,13 @@ class KVCache:
         max_len, batch: what it was made for.
     """
 
-    def __init__(self, cp: Any, config: ModelConfig, max_len: int, batch: int, dtype: str):
+    def __init__(self, model: TernaryTransformer, max_len: int, batch: int):
+        """For :meth:`TernaryTransformer.new_cache`."""
+        cp, config, dtype = model._cp, model.config, _numpy_dtype(model.dtype)
+        # The graph below runs with this model's weights, so the cache serves no other model, and keeps this one alive.
+        self._model = model
         shape = (config.num_layers, batch, config.num_kv_heads, max_len, config.head_dim)
-        self.keys, self.values = cp.zeros(shape, _numpy_dtype(dtype)), cp.zeros(shape, _numpy_dtype(dtype))
+        self.keys, self.values = cp.zeros(shape, dtype), cp.zeros(shape, dtype)
         self.max_len, self.batch = max_len, batch
         self.token = cp.zeros(batch, cp.int32)
         self.logits = cp.zeros((batch, config.vocab_size), cp.float32)
@@ -134,18 +138,24 @@ class TernaryTransformer:
             ``"float32"``. The head is int8 rows times float32 activations in all cases.
 
     Raises:
-        ArgumentValueError: an unknown option, or a head_dim that is no multiple of 4.
+        ArgumentTypeError: no Checkpoint.
+        ArgumentValueError: an unknown option, or a configuration that the kernels cannot serve.
         GpuUnavailableError: no usable GPU.
     """
 
     def __init__(self, checkpoint: Checkpoint, activation: str = "int8", dtype: str = "float16"):
+        if not isinstance(checkpoint, Checkpoint):
+            raise ArgumentTypeError(
+                f"checkpoint: expected a Checkpoint, got {type(checkpoint).__name__} (from_pretrained takes a path)"
+            )
         if activation not in ACTIVATIONS:
             raise ArgumentValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
         if dtype not in ("float16", "bfloat16", "float32"):
             raise ArgumentValueError(f"dtype is {dtype!r}, expected float16, bfloat16 or float32")
-        if checkpoint.config.head_dim % 4:
-            raise ArgumentValueError(f"head_dim is {checkpoint.config.head_dim}, expected a multiple of 4 on the GPU")
+        if reason := tuning.unsupported(checkpoint.config):
+            raise ArgumentValueError(reason)
         cp = self._cp = require_gpu()
+        self._device = cp.cuda.runtime.getDevice()
         self.config, self.activation, self.dtype = checkpoint.config, activation, dtype
         self._facts = current_facts()
         self._layers = [
@@ -180,11 +190,11 @@ class TernaryTransformer:
         """An empty cache for `batch` sequences of up to `max_len` tokens.
 
         Raises:
-            ArgumentValueError: either is below 1.
+            ArgumentTypeError, ArgumentValueError: either is no integer, or below 1; the model is on another device.
         """
-        if max_len < 1 or batch < 1:
-            raise ArgumentValueError(f"max_len is {max_len} and batch {batch}, expected at least 1")
-        return KVCache(self._cp, self.config, max_len, batch, self.dtype)
+        check_cache_size(max_len, batch)
+        self._check_device()
+        return KVCache(self, max_len, batch)
 
     # ---- using it ---------------------------------------------------------------------------------------------------
 
@@ -199,14 +209,21 @@ class TernaryTransformer:
             step overwrites. `cache.token` holds their greedy tokens.
 
         Raises:
-            ArgumentValueError: shape, a token outside the vocabulary, or no room left in the cache.
+            ArgumentTypeError, ArgumentValueError: dtype, shape, a token outside the vocabulary, no room left in the
+                cache, or a cache of another model.
         """
         cp, ids = self._cp, np.asarray(token_ids)
         rows = np.atleast_2d(ids)
+        self._check_cache(cache)
         check_tokens(rows, cache.batch, cache._length, cache.max_len, self.config.vocab_size)
-        buffers = self._new_buffers(cache, rows.size)
-        self._forward(cp.asarray(rows.astype(np.int32).ravel()), cache, buffers)
-        cache._length += rows.shape[1]
+        # In pieces, which bounds the memory of the intermediate results; the head is only computed for the last one.
+        piece = max(1, _PREFILL_TOKENS // cache.batch)
+        for start in range(0, rows.shape[1], piece):
+            part = rows[:, start : start + piece]
+            buffers = self._new_buffers(cache, part.size)
+            last = start + piece >= rows.shape[1]
+            self._forward(cp.asarray(part.astype(np.int32).ravel()), cache, buffers, head=last)
+            cache._length += part.shape[1]
         return cache.logits[0] if ids.ndim == 1 else cache.logits
 
     def decode_one_token(self, token: Any, cache: KVCache) -> Any:
@@ -220,23 +237,27 @@ class TernaryTransformer:
             int32 CuPy array [B], the next tokens. It is `cache.token`: the next call overwrites it.
 
         Raises:
-            ArgumentValueError: wrong shape, or no room left in the cache.
+            ArgumentTypeError, ArgumentValueError: dtype, shape, no room left in the cache, or a cache of another model.
+                Nothing has changed then.
         """
         cp = self._cp
+        self._check_cache(cache)
+        if cache._length >= cache.max_len:
+            raise ArgumentValueError(f"the cache is full: max_len = {cache.max_len}")
         if token is not cache.token:
             if isinstance(token, cp.ndarray):
-                if token.size != cache.batch or token.dtype != cp.int32:
-                    raise ArgumentValueError(f"token: {token.dtype} {token.shape}, expected int32 [{cache.batch}]")
-                cache.token[...] = token.reshape(-1)
+                if token.dtype != cp.int32:
+                    raise ArgumentTypeError(f"token.dtype is {token.dtype}, expected int32")
+                if token.size != cache.batch:
+                    raise ArgumentValueError(f"token.shape is {token.shape}, expected [{cache.batch}]")
             else:
                 rows = np.asarray(token).reshape(-1, 1)
                 check_tokens(rows, cache.batch, cache._length, cache.max_len, self.config.vocab_size)
-                cache.token[...] = cp.asarray(rows.ravel().astype(np.int32))
-        if cache._length >= cache.max_len:
-            raise ArgumentValueError(f"the cache is full: max_len = {cache.max_len}")
+                token = cp.asarray(rows.astype(np.int32))
+            cache.token[...] = token.reshape(-1)
         if cache._graph is None:
             buffers = cache._decode_buffers = self._new_buffers(cache, cache.batch)
-            cache._graph = capture(lambda: self._forward(cache.token, cache, buffers))
+            cache._graph = capture(lambda: self._forward(cache.token, cache, buffers, head=True))
         cache._graph.launch()
         cache._length += 1
         return cache.token
@@ -245,11 +266,16 @@ class TernaryTransformer:
         """Greedy continuation of one prompt, token by token. token_ids: integers [N] in host memory.
 
         Reading a token out is the only synchronisation; the next step is on its way by then.
+
+        Raises:
+            ArgumentTypeError, ArgumentValueError: at once, not when the first token is asked for.
         """
-        if max_new_tokens < 1:
-            return
         ids = np.asarray(token_ids)
-        cache = self.new_cache(ids.shape[-1] + max_new_tokens)
+        check_tokens(np.atleast_2d(ids), 1, 0, ids.size, self.config.vocab_size)
+        return self._generate(ids, max_new_tokens) if max_new_tokens > 0 else iter(())
+
+    def _generate(self, ids: np.ndarray, max_new_tokens: int) -> Iterator[int]:
+        cache = self.new_cache(ids.size + max_new_tokens)
         self.prefill(ids, cache)
         for remaining in reversed(range(max_new_tokens)):
             token = int(cache.token[0])
@@ -257,11 +283,21 @@ class TernaryTransformer:
                 self.decode_one_token(cache.token, cache)
             yield token
 
+    def _check_device(self) -> None:
+        current = self._cp.cuda.runtime.getDevice()
+        if current != self._device:
+            raise ArgumentValueError(f"the model is on device {self._device}, but the current device is {current}")
+
+    def _check_cache(self, cache: KVCache) -> None:
+        self._check_device()
+        if cache._model is not self:
+            raise ArgumentValueError("cache belongs to another model, expected one of this model's new_cache()")
+
     # ---- one step ---------------------------------------------------------------------------------------------------
 
-    def _forward(self, ids: Any, cache: KVCache, b: _Buffers) -> None:
-        """Enqueue one step: ids int32 [batch * N] in, `cache.logits` and `cache.token` out, the cache N longer."""
-        c, facts, dtype = self.config, self._facts, self.dtype
+    def _forward(self, ids: Any, cache: KVCache, b: _Buffers, head: bool) -> None:
+        """Enqueue one step: ids int32 [batch * N] in, the cache N longer, and with `head` logits and tokens out."""
+        c, dtype = self.config, self.dtype
         tokens = b.x.shape[0]
         n = tokens // cache.batch
         load(tuning.EMBED)(
@@ -289,12 +325,23 @@ class TernaryTransformer:
             )
             self._product(b.h, None, layer.down, b.x, b.x)
 
-        if n > 1:  # the head is only computed for the last position of each sequence
+        if head:
+            self._head(cache, n, b)
+        load(tuning.NEXT_TOKEN)(
+            (1, 1, 1),
+            (32, 1, 1),
+            (cache._best, cache.token, cache._device_length, _I32(cache.batch if head else 0), _I32(n)),
+        )
+
+    def _head(self, cache: KVCache, n: int, b: _Buffers) -> None:
+        """Final norm, logits and their largest, for the last of each sequence's n tokens."""
+        c = self.config
+        if n > 1:
             b.last[...] = b.x.reshape(cache.batch, n, -1)[:, -1]
         last = b.last if n > 1 else b.x
         enqueue.rmsnorm(self._cp, last, self._final_norm, c.rms_eps, b.normed)
         load(tuning.LM_HEAD)(
-            tuning.head_grid(c, cache.batch, facts),
+            tuning.head_grid(c, cache.batch, self._facts),
             (tuning.THREADS, 1, 1),
             (b.normed, self._head_values, self._head_scale, cache.logits, _I32(c.vocab_size), _I32(c.hidden_size)),
             (-(-c.hidden_size // 16) | 1) * 64,
@@ -303,9 +350,6 @@ class TernaryTransformer:
             (-(-c.vocab_size // (4 * tuning.THREADS)), cache.batch, 1),
             (tuning.THREADS, 1, 1),
             (cache.logits, cache._best, _I32(c.vocab_size)),
-        )
-        load(tuning.NEXT_TOKEN)(
-            (1, 1, 1), (32, 1, 1), (cache._best, cache.token, cache._device_length, _I32(cache.batch), _I32(n))
         )
 
     def _product(self, x: Any, gamma: Any, weight: TernaryWeight, residual: Any, out: Any) -> None:

@@ -12,16 +12,16 @@ import numpy as np
 from ..arguments import BFLOAT16, FLOAT16, FLOAT32
 from ..formats.packing import CHUNK, chunks
 from ..formats.ternary import TernaryWeight
-from ..kernels import load
+from ..kernels import keep_while_captured, load
 from ..tuning.device import current_facts
 from ..tuning.product import NORM_THREADS, STREAMING_TOKENS, norm_spec, product_launch, quantise_spec
 
 DTYPE_TAGS = {FLOAT16: np.int32(0), BFLOAT16: np.int32(1), FLOAT32: np.int32(2)}
 """Run-time dtype tags of the kernels: elements.cuh."""
 
+_NAMES = {dtype: dtype.name for dtype in (*DTYPE_TAGS, np.dtype(np.int8))}  # dtype.name itself takes microseconds
 NULL = np.uint64(0)
 _MAX_NORM_BLOCKS = 65535
-_captured: list[Any] = []
 
 
 def tokens_of(x: Any) -> int:
@@ -33,18 +33,18 @@ def workspace(cp: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     """Temporary memory of one call, from CuPy's pool.
 
     Freed memory may be handed out again at once, which is right in stream order and wrong for a graph that is being
-    captured: its replays use the memory later. So what a captured call used is kept for the life of the process.
+    captured: its replays use the memory later. So what a captured call used is kept.
     """
     buffer = cp.empty(shape, dtype)
     if cp.cuda.get_current_stream().is_capturing():
-        _captured.append(buffer)
+        keep_while_captured(buffer)
     return buffer
 
 
 def rmsnorm(cp: Any, x: Any, gamma: Any, eps: float, out: Any) -> None:
     """out = rmsnorm(x) * gamma."""
     n = tokens_of(x)
-    kernel = load(norm_spec(x.dtype.name))
+    kernel = load(norm_spec(_NAMES[x.dtype]))
     args = (
         x,
         gamma,
@@ -76,7 +76,7 @@ def product(
     elif activation == "int8":
         q = workspace(cp, (n, chunks(W.shape[1]) * CHUNK), np.int8)
         dequant = workspace(cp, (n,), np.float32)
-        kernel = load(quantise_spec(x.dtype.name, gamma is not None))
+        kernel = load(quantise_spec(_NAMES[x.dtype], gamma is not None))
         args = (
             x,
             NULL if gamma is None else gamma,
@@ -102,7 +102,7 @@ def _product(
     x: Any, dequant: Any, gamma: Any, W: TernaryWeight, eps: float, activation: str, residual: Any, n: int, out: Any
 ) -> None:
     m, k = W.shape
-    plan = product_launch(m, n, k, x.dtype.name, gamma is not None, activation, current_facts())
+    plan = product_launch(m, n, k, _NAMES[x.dtype], gamma is not None, activation, current_facts())
     front = (x, dequant) if gamma is None else (x, gamma, np.int32(gamma.dtype == FLOAT32))
     args = (
         *front,

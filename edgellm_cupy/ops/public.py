@@ -69,7 +69,7 @@ def ternary_matmul(x: Any, W: TernaryWeight, activation: str = "float", out: Any
         GpuUnavailableError: no usable GPU.
     """
     cp = _require_cupy()
-    check_ternary_matmul(cp.ndarray, x, W, activation, None, out)
+    check_ternary_matmul(cp.ndarray, x, W, activation, out)
     if out is None:
         out = cp.empty((*x.shape[:-1], W.shape[0]), x.dtype)
     enqueue.product(cp, x, None, W, 0.0, activation, None, "adaptive", out)

@@ -1,8 +1,8 @@
 """The decoder in NumPy: the oracle of the GPU decoder, and the backend where there is no GPU.
 
-It keeps every matrix as dense float32, because a BLAS product is the fastest exact thing that NumPy has: an int8
-activation times a ternary weight sums to less than 2**24 for K up to 132,000, so float32 holds every partial sum
-exactly. Norms and the softmax are computed in float64.
+It keeps the ternary matrices as dense float32 (float64 beyond K = 132,000), because a BLAS product is the fastest exact
+thing that NumPy has: an int8 activation times a ternary weight sums to less than 2**24 up to that K, so float32 holds
+every partial sum exactly. Norms and the softmax are computed in float64.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ..arguments import ACTIVATIONS
-from ..errors import ArgumentValueError
+from ..arguments import ACTIVATIONS, check_cache_size, check_tokens
+from ..errors import ArgumentTypeError, ArgumentValueError
 from ..formats import load_checkpoint
 from ..formats.checkpoint import Checkpoint
 from ..formats.config import ModelConfig
@@ -64,6 +64,10 @@ class TernaryTransformer:
     """A decoder on the host; the same methods as :class:`edgellm_cupy.TernaryTransformer`, on NumPy arrays."""
 
     def __init__(self, checkpoint: Checkpoint, activation: str = "int8"):
+        if not isinstance(checkpoint, Checkpoint):
+            raise ArgumentTypeError(
+                f"checkpoint: expected a Checkpoint, got {type(checkpoint).__name__} (from_pretrained takes a path)"
+            )
         if activation not in ACTIVATIONS:
             raise ArgumentValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
         self.config, self.activation, self.checkpoint = checkpoint.config, activation, checkpoint
@@ -86,8 +90,7 @@ class TernaryTransformer:
 
     def new_cache(self, max_len: int, batch: int = 1) -> KVCache:
         """An empty cache for `batch` sequences of up to `max_len` tokens."""
-        if max_len < 1 or batch < 1:
-            raise ArgumentValueError(f"max_len is {max_len} and batch {batch}, expected at least 1")
+        check_cache_size(max_len, batch)
         return KVCache(self.config, max_len, batch)
 
     # ---- using it ---------------------------------------------------------------------------------------------------
@@ -109,11 +112,17 @@ class TernaryTransformer:
         return np.argmax(np.atleast_2d(logits), axis=-1).astype(np.int32)
 
     def generate(self, token_ids: Any, max_new_tokens: int = 128) -> Iterator[int]:
-        """Greedy continuation of one prompt, token by token."""
-        if max_new_tokens < 1:
-            return
+        """Greedy continuation of one prompt, token by token. token_ids: integers [N].
+
+        Raises:
+            ArgumentTypeError, ArgumentValueError: at once, not when the first token is asked for.
+        """
         ids = np.asarray(token_ids)
-        cache = self.new_cache(ids.shape[-1] + max_new_tokens)
+        check_tokens(np.atleast_2d(ids), 1, 0, ids.size, self.config.vocab_size)
+        return self._generate(ids, max_new_tokens) if max_new_tokens > 0 else iter(())
+
+    def _generate(self, ids: np.ndarray, max_new_tokens: int) -> Iterator[int]:
+        cache = self.new_cache(ids.size + max_new_tokens)
         token = self.sample(self.prefill(ids, cache))
         yield int(token[0])
         for _ in range(max_new_tokens - 1):
@@ -192,23 +201,6 @@ class TernaryTransformer:
                     weights /= weights.sum(axis=-1, keepdims=True)
                     result[b, rows, h] = (weights.astype(np.float32) @ values).transpose(1, 0, 2)
         return result.reshape(batch, n, c.q_rows)
-
-
-def check_tokens(ids: np.ndarray, batch: int, length: int, max_len: int, vocab_size: int) -> None:
-    """Token ids [B, N] that fit the cache and the vocabulary; shared with the GPU decoder.
-
-    Raises:
-        ArgumentValueError: shape, a value outside the vocabulary, or no room left in the cache.
-    """
-    if ids.ndim != 2 or ids.shape[0] != batch or ids.shape[1] < 1 or not np.issubdtype(ids.dtype, np.integer):
-        raise ArgumentValueError(
-            f"token_ids: {ids.dtype} of shape {ids.shape}, expected integers [{batch}, N] (batch {batch}), N >= 1"
-        )
-    if length + ids.shape[1] > max_len:
-        raise ArgumentValueError(f"token_ids: {ids.shape[1]} more after {length} do not fit max_len = {max_len}")
-    if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
-        bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
-        raise ArgumentValueError(f"token_ids holds {bad}, expected 0 <= token < vocabulary = {vocab_size}")
 
 
 def _dense(weight: TernaryWeight) -> np.ndarray:

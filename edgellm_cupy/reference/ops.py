@@ -35,7 +35,7 @@ def rmsnorm(x: Any, gamma: Any, eps: float = 1e-6, out: Any = None) -> Any:
 
 def ternary_matmul(x: Any, W: TernaryWeight, activation: str = "float", out: Any = None) -> Any:
     """y = scale * (t @ x) for each token; see :func:`edgellm_cupy.ternary_matmul`."""
-    check_ternary_matmul(np.ndarray, x, W, activation, None, out)
+    check_ternary_matmul(np.ndarray, x, W, activation, out)
     return _store(product(x.astype(np.float64), W, activation), x, out)
 
 

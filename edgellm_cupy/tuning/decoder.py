@@ -11,6 +11,7 @@ from .product import X_TYPES, norm_spec
 
 THREADS = 256
 ATTENTION_THREADS = 128
+_STATIC_SHARED_LIMIT = 48 * 1024
 EMBED = KernelSpec("embed.cu", (("THREADS", str(THREADS)),))
 LM_HEAD = KernelSpec("lm_head.cu", (("THREADS", str(THREADS)),))
 ARGMAX = KernelSpec("argmax.cu", (("THREADS", str(THREADS)),))
@@ -29,6 +30,21 @@ def attention_spec(config: ModelConfig, dtype: str) -> KernelSpec:
         ("THREADS", str(ATTENTION_THREADS)),
     )
     return KernelSpec("attention.cu", macros)
+
+
+def unsupported(config: ModelConfig) -> str | None:
+    """Why the decoder's kernels cannot serve this configuration; None when they can."""
+    if config.head_dim % 4:
+        return f"head_dim is {config.head_dim}, expected a multiple of 4 on the GPU"
+    group = config.num_heads // config.num_kv_heads
+    # attention.cu keeps, for each query head of a group, the query, a tile of weights and three scalars.
+    needed = group * (config.head_dim + ATTENTION_THREADS + 3) * 4
+    if group > ATTENTION_THREADS or needed > _STATIC_SHARED_LIMIT:
+        return (
+            f"num_heads / num_kv_heads is {group} with head_dim {config.head_dim}: attention would take {needed} bytes "
+            f"of static shared memory, expected at most {_STATIC_SHARED_LIMIT}"
+        )
+    return None
 
 
 def combine_spec(config: ModelConfig, dtype: str) -> KernelSpec:

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 from ..formats.packing import chunks
 from ..kernels.spec import KernelSpec, Launch
@@ -23,7 +23,7 @@ NORM_THREADS = 256  # block of rmsnorm.cu and rmsnorm_quantise.cu
 STREAMING_TOKENS = 8
 """Up to this many tokens "adaptive" norms them inside the product; beyond, each token is normed once, before it."""
 
-_STATIC_SHARED_BYTES = 2048  # reserved for the static shared memory of every specialisation
+_STATIC_SHARED_BYTES = 2048  # reserved for the static shared memory of the product's specialisations
 
 
 @dataclass(frozen=True)
@@ -99,16 +99,41 @@ class ProductLaunch:
     pitch: int
 
 
-def choose_config(m: int, n: int, k: int, device: DeviceFacts) -> ProductConfig:
+def choose_config(m: int, n: int, k: int, activation: str, device: DeviceFacts) -> ProductConfig:
     """The kernel shape for y[n, m] over k features."""
     if n > 1:
         tokens = 2 if n == 2 else 4 if n <= 4 else 8
-        short, long = _MORE_TOKENS[tokens]
-        return short if chunks(k) <= short.lanes else long
+        while True:
+            short, long = _MORE_TOKENS[tokens]
+            config = short if chunks(k) <= short.lanes else long
+            # At least one step's activations have to lie in shared memory.
+            if tokens == 2 or _staged_bytes(config, activation, min(chunks(k), config.step)) <= _shared_limit(device):
+                return config
+            tokens //= 2
     config = next(c for c in _ONE_TOKEN if c.longest is None or k <= c.longest)
     if config.longest == _ONE_TOKEN_TALL.longest and m > config.tile * device.multiprocessors:
         return _ONE_TOKEN_TALL
     return config
+
+
+def _shared_limit(device: DeviceFacts) -> int:
+    """Dynamic shared memory that one block may have."""
+    return device.block_shared_bytes - _STATIC_SHARED_BYTES
+
+
+def _pitch(activation: str, staged_chunks: int) -> int:
+    """16-byte pieces from one piece of a chunk's activations to the next.
+
+    int8 is written in words of 4 bytes, four to a piece: a pitch of 2 mod 4 spreads them over the banks. float32 is
+    written in whole pieces, which an odd pitch spreads.
+    """
+    return staged_chunks + (2 - staged_chunks) % 4 if activation == "int8" else staged_chunks | 1
+
+
+def _staged_bytes(config: ProductConfig, activation: str, staged_chunks: int) -> int:
+    """Shared memory for the activations of so many chunks."""
+    pieces = 4 if activation == "int8" else 16
+    return config.tokens * pieces * _pitch(activation, staged_chunks) * 16
 
 
 def product_spec(x_dtype: str, norm: bool, activation: str, config: ProductConfig) -> KernelSpec:
@@ -134,7 +159,7 @@ def product_spec(x_dtype: str, norm: bool, activation: str, config: ProductConfi
     )
 
 
-@cache
+@lru_cache(maxsize=4096)
 def product_launch(
     m: int,
     n: int,
@@ -146,26 +171,16 @@ def product_launch(
     config: ProductConfig | None = None,
 ) -> ProductLaunch:
     """The launch for y[n, m] over k features; `config` overrides the choice (for tuning)."""
-    config = config or choose_config(m, n, k, device)
-    int8 = activation == "int8"
+    config = config or choose_config(m, n, k, activation, device)
     row = chunks(k)
     steps = -(-row // config.step)
-    limit = device.block_shared_bytes - _STATIC_SHARED_BYTES
-
-    def pitch_of(staged_chunks: int) -> int:
-        # int8 is written in words of 4 bytes, four to a piece: pitch = 2 mod 4 spreads them over the banks; float32 is
-        # written in whole pieces, which an odd pitch spreads.
-        return staged_chunks + (2 - staged_chunks) % 4 if int8 else staged_chunks | 1
-
-    def bytes_of(staged_chunks: int) -> int:
-        return config.tokens * (4 if int8 else 16) * pitch_of(staged_chunks) * 16
-
     slice_steps = steps
-    if bytes_of(row) > limit:
-        # Three more pieces a chunk than the pitch can add, so the estimate never exceeds the limit.
-        slice_steps = max((limit // (config.tokens * (4 if int8 else 16) * 16) - 3) // config.step, 1)
+    while slice_steps > 1 and _staged_bytes(config, activation, min(row, slice_steps * config.step)) > _shared_limit(
+        device
+    ):
+        slice_steps -= 1
     staged = min(row, slice_steps * config.step)
-    shared = bytes_of(staged)
+    shared = _staged_bytes(config, activation, staged)
 
     # A persistent grid: as many blocks as are resident, evened out so that each has the same number of tiles.
     resident = min(
@@ -183,7 +198,7 @@ def product_launch(
     )
     if os.environ.get("EDGELLM_PRINT_CONFIG") == "1":
         print(f"edgellm: M={m} N={n} K={k} {x_dtype} {activation}: {launch}", file=sys.stderr)
-    return ProductLaunch(launch, config, slice_steps, pitch_of(staged))
+    return ProductLaunch(launch, config, slice_steps, _pitch(activation, staged))
 
 
 def norm_spec(x_dtype: str) -> KernelSpec:

@@ -3,7 +3,7 @@
 #include <cuda_fp16.h>
 #include <cuda_bf16.h>
 
-// Run-time tags of arrays whose dtype is not worth a specialisation (edgellm_cupy.tuning.DTYPE_TAGS): the branch is the
+// Run-time tags of arrays whose dtype is not worth a specialisation (DTYPE_TAGS of edgellm_cupy/ops/enqueue.py): the branch is the
 // same for the whole grid and costs nothing beside a memory access, while x's dtype decides how many registers and
 // instructions the inner loops take and is a template parameter.
 constexpr int kFloat16 = 0, kBfloat16 = 1, kFloat32 = 2;

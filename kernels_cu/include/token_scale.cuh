@@ -7,7 +7,8 @@
 //
 // float32 cannot hold the squares of elements above 2^63 or far below 2^-63. A token whose mean square leaves
 // [1e-30, 1e30] is done again with its elements multiplied by 2^-80 or 2^80 (`pre`), which cancels in the same way. That
-// branch is taken by whole blocks, practically never, and makes every finite input correct.
+// branch is taken by whole blocks, practically never. What float32 with -ftz=true cannot hold beside the result stays out:
+// subnormal elements count as zero, as do those below 2^-46 in a token whose root mean square is above 1e15.
 #pragma once
 #include "elements.cuh"
 #include "ptx.cuh"
@@ -17,9 +18,8 @@ constexpr float kAbsmaxFloor = 1e-5f;
 constexpr unsigned kInfBits = 0x7f800000u;
 
 struct TokenScale {
-  float pre;  // multiply x by this first (1, or a power of two for extreme tokens)
-  float
-      factor;  // float: the normalised value is (x pre) factor g; int8: the quantised value is round((x pre g) factor)
+  float pre;      // multiply x by this first (1, or a power of two for extreme tokens)
+  float factor;   // float: the normalised value is (x pre) factor g; int8: quantised is round((x pre g) factor)
   float dequant;  // int8: the normalised value is about quantised * dequant; NaN for a token that is not finite
 };
 
@@ -97,14 +97,14 @@ __device__ __forceinline__ TokenStats held_stats(Held<X, kHeld>& held, const Gam
   return s;
 }
 
-// One warp's share of the block's reduction.
-template <bool kNorm>
+// One warp's share of the block's reduction. Only the quantiser wants the absmax.
+template <bool kNorm, bool kInt8>
 __device__ __forceinline__ void reduce_warp(TokenStats s, float* squares, unsigned* absmax) {
   if (kNorm) {
 #pragma unroll
     for (int d = 16; d; d >>= 1) s.squares += __shfl_xor_sync(0xffffffffu, s.squares, d);
   }
-  s.absmax = warp_max(s.absmax);
+  if (kInt8) s.absmax = warp_max(s.absmax);
   if (threadIdx.x % 32 == 0) {
     squares[threadIdx.x / 32] = s.squares;
     absmax[threadIdx.x / 32] = s.absmax;
@@ -121,11 +121,11 @@ __device__ __forceinline__ TokenScale finish_scale(const float* squares, const u
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) {
     sums[w % 2] += squares[w];
-    top = max(top, absmax[w]);
+    if (kInt8) top = max(top, absmax[w]);
   }
   const float sum = sums[0] + sums[1];
   const float level = kNorm ? __fdividef(sum, float(K)) + (eps * pre) * pre : 1.f;
-  const bool finite = top < kInfBits && level < infinity();
+  const bool finite = level < infinity() && top < kInfBits;
   if (kNorm && pre == 1.f && !(finite && level > 1e-30f && level < 1e30f)) {
     return {level <= 1e-30f ? 1.2089258e24f : 8.2718061e-25f, 0.f, -1.f};  // 2^80, 2^-80
   }
@@ -133,8 +133,9 @@ __device__ __forceinline__ TokenScale finish_scale(const float* squares, const u
   if (level <= 0.f) return {pre, 0.f, 0.f};  // eps = 0 and a token of zeros, whose result is zero
   const float r = kNorm ? rsqrtf(level) : 1.f;
   const float largest = fmaxf(__int_as_float(int(top)), kAbsmaxFloor * (level * r));  // level r = 1 / r
-  // The quick division is off by 2 ulp and fails above 2^126, which rescaling keeps a normed token away from.
-  return {pre, !kInt8 ? r : kNorm ? __fdividef(kQMax, largest) : kQMax / largest, largest * r * (1.f / kQMax)};
+  // The quick division is off by 2 ulp and gives zero for a divisor above 2^126.
+  const float factor = !kInt8 ? r : __fdividef(kQMax * 0x1p-4f, largest * 0x1p-4f);
+  return {pre, factor, largest * r * (1.f / kQMax)};
 }
 
 // The scales of tokens n0 .. n0+kTokens-1; those beyond N get a factor and dequant of zero. All threads of the block call
@@ -159,7 +160,7 @@ __device__ __forceinline__ void token_scales(TokenScale* scale, Held<X, kHeld>& 
     } else if (n0 + t < N) {
       s = thread_stats<X, kNorm, kThreads>(x + (long long)(n0 + t) * K, gamma, K, aligned, 1.f);
     }
-    reduce_warp<kNorm>(s, squares[t], absmax[t]);
+    reduce_warp<kNorm, kInt8>(s, squares[t], absmax[t]);
   }
   __syncthreads();
   bool again = false;
@@ -179,7 +180,7 @@ __device__ __forceinline__ void token_scales(TokenScale* scale, Held<X, kHeld>& 
       if (n0 + t < N) {
         s = thread_stats<X, kNorm, kThreads>(x + (long long)(n0 + t) * K, gamma, K, aligned, scale[t].pre);
       }
-      reduce_warp<kNorm>(s, squares[t], absmax[t]);
+      reduce_warp<kNorm, kInt8>(s, squares[t], absmax[t]);
     }
     __syncthreads();
     if (mine < kTokens && scale[mine].dequant < 0.f) {

@@ -14,10 +14,11 @@ import pytest
 from typer.testing import CliRunner
 
 import edgellm_cupy as ec
-from edgellm_cupy import cli
-from edgellm_cupy.bench import scaling
+from edgellm_cupy import cli, runtime, tuning, verify, version
+from edgellm_cupy.bench import report, scaling, suite
 from edgellm_cupy.formats import compact
 from edgellm_cupy.formats.checkpoint import Checkpoint
+from edgellm_cupy.tuning.device import DeviceFacts
 
 TINY = {
     "name": "tiny",
@@ -86,6 +87,25 @@ def test_version():
     assert result.output == f"edgellm-cupy {ec.__version__}\n"
 
 
+@pytest.mark.parametrize(
+    ("pyproject", "expected"),
+    [
+        ('[project]\nname = "edgellm-cupy"\nversion = "1.2.3"\n', "1.2.3+uninstalled"),
+        ('[project]\nname = "other"\nversion = "1.2.3"\n', "0+uninstalled"),
+        (None, "0+uninstalled"),
+    ],
+)
+def test_version_of_a_checkout_that_is_not_installed(tmp_path, pyproject, expected):
+    file = tmp_path / "pyproject.toml"
+    if pyproject:
+        file.write_text(pyproject)
+    assert version._uninstalled(file) == expected
+
+
+def test_parts_are_those_of_the_suite():
+    assert [part.value for part in cli.Part] == list(suite.PARTS)
+
+
 @pytest.mark.parametrize("cupy", [NO_CUPY, NO_DRIVER], ids=["no CuPy", "no driver"])
 def test_bench_without_a_gpu_measures_on_the_host_and_says_so(tmp_path, tiny, cupy):
     done = edgellm(tmp_path, "bench", "--model", tiny, "--quick", cupy=cupy)
@@ -94,15 +114,20 @@ def test_bench_without_a_gpu_measures_on_the_host_and_says_so(tmp_path, tiny, cu
     assert "throughput_tok_s" in done.stdout
     assert "\x1b" not in done.stdout + done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80
-    assert done.stderr.splitlines()[0] == "edgellm bench: hardware"
+    layer = "CuPy" if cupy == NO_CUPY else "driver"
+    first, second = done.stderr.splitlines()[:2]
+    assert re.fullmatch(rf"edgellm bench: (no usable GPU: {layer}: .*; .*install.*)\. Measuring on .*", first)
+    assert second == "edgellm bench: hardware"
     folder = tmp_path / "edgellm-report"
     assert {path.name for path in folder.iterdir()} == {"report.json", "report.md"}
     report = json.loads((folder / "report.json").read_text())
     assert report["command"] == f"edgellm bench --model {tiny} --quick"
     assert report["backend"] == "numpy"
     assert report["quick"] is True
-    layer = "CuPy" if cupy == NO_CUPY else "driver"
-    assert report["summary"]["gpu_model"]["reason"].startswith(f"no usable GPU: {layer}: ")
+    reason = report["summary"]["gpu_model"]["reason"]
+    assert reason.startswith(f"no usable GPU: {layer}: ")
+    assert report["no_gpu"].startswith(f"{reason}; ")  # and what to do about it, once
+    assert report["no_gpu"].partition("; ")[2] in (folder / "report.md").read_text().partition("## ")[0]
 
 
 def test_one_part_leaves_the_whole_report_alone(tmp_path, tiny):
@@ -181,6 +206,35 @@ def test_an_output_folder_that_is_a_file_is_refused_before_the_work(tmp_path, ti
     assert re.fullmatch(r"error: .*tiny\.json: cannot be made: File exists\n", done.stderr)
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder that nobody can write to")
+def test_an_output_folder_that_cannot_be_written_to_is_refused_before_the_work(tmp_path, tiny):
+    done = edgellm(tmp_path, "bench", "--model", tiny, "--backend", "numpy", "--out", "/proc/self")
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: /proc/self: cannot be written to: .*\n", done.stderr)
+
+
+def test_a_disk_that_is_full_at_the_end_still_shows_the_summary(tmp_path, tiny, monkeypatch):
+    def full(result, folder):
+        raise report.ReportError("report.json: cannot be written: No space left on device")
+
+    monkeypatch.setattr(report, "write", full)
+    result = invoke("bench", "cpu", "--model", tiny, "--backend", "numpy", "--quick", "--out", str(tmp_path))
+    assert result.exit_code == 2
+    assert "cpu_utilization_pct" in result.stdout
+    assert result.stderr.endswith("error: report.json: cannot be written: No space left on device\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file that nothing fits into")
+@pytest.mark.parametrize("command", [["info"], ["--help"], ["bench", "hardware", "--backend", "numpy"]])
+def test_a_full_stdout_is_one_line_on_stderr(tmp_path, command):
+    with open("/dev/full", "w") as full:
+        streams = {"stdout": full, "stderr": subprocess.PIPE}
+        done = subprocess.run([*COMMAND, *command], cwd=tmp_path, env=environment(tmp_path), **streams, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: stdout: cannot be written: No space left on device"
+    assert "Traceback" not in done.stderr
+
+
 # ---- 3: no GPU ------------------------------------------------------------------------------------------------------
 
 
@@ -219,6 +273,23 @@ def test_a_wrong_result_ends_with_4(tmp_path, tiny, monkeypatch):
     result = invoke("bench", "scaling", "--model", tiny, "--backend", "numpy", "--out", str(tmp_path / "out"))
     assert result.exit_code == 4
     assert "Wrong result: qkv: wrong" in result.output
+
+
+@pytest.mark.parametrize(
+    ("failures", "code", "said"),
+    [
+        ([], 0, r"\d+ cases and \d+ kernel specialisations on Test GPU: every result agrees with the reference\n"),
+        (["M=1: wrong"], 4, r"wrong: M=1: wrong\n1 failures in \d+ cases and \d+ kernel spec.* on Test GPU\n"),
+    ],
+)
+def test_verify_says_how_much_it_checked(monkeypatch, failures, code, said):
+    monkeypatch.setattr(runtime, "require_gpu", lambda: None)
+    monkeypatch.setattr(runtime, "device_name", lambda: "Test GPU")
+    monkeypatch.setattr(tuning.device, "current_facts", lambda: H200)
+    monkeypatch.setattr(verify, "run", lambda progress: failures)
+    result = invoke("verify")
+    assert result.exit_code == code
+    assert re.fullmatch(said, result.stdout)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")

@@ -13,7 +13,8 @@ from edgellm_cupy.kernels import KernelSpec
 from edgellm_cupy.reference.accuracy import check
 from edgellm_cupy.tuning import specialisations
 from edgellm_cupy.tuning.decoder import decoder_specs
-from edgellm_cupy.tuning.product import product_specs
+from edgellm_cupy.tuning.device import DeviceFacts
+from edgellm_cupy.tuning.product import product_launch, product_specs
 from tests.emulated import H200, T4, TINY, emulated_gpu, new_emulator, poisoned
 from tests.emulator import ORDERS, Emulator
 
@@ -72,7 +73,9 @@ def test_the_cases_reach_every_specialisation_of_the_operations(reached):
 
 @pytest.mark.parametrize("facts", [T4, TINY], ids=["T4", "tiny"])
 @pytest.mark.parametrize("activation", ["float", "int8"])
-@pytest.mark.parametrize(("m", "n", "k"), [(70, 1, 1100), (40, 1, 4300), (33, 5, 700), (9, 11, 2100)])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(70, 1, 1100), (40, 1, 4300), (5, 1, 70_001), (33, 5, 700), (9, 11, 2100), (4, 3, 9000)]
+)
 def test_small_devices_take_persistent_loops_and_slices(emulator, facts, activation, m, n, k):
     rng = np.random.default_rng(0)
     weight = ec.TernaryWeight.from_int8(rng.integers(-1, 2, (m, k), dtype=np.int8), 0.5)
@@ -168,3 +171,62 @@ def test_truncated_cache_goes_on_where_it_was_cut(emulator):
             np.testing.assert_array_equal(once[1], again[1])
             with pytest.raises(ec.ArgumentValueError, match="length is 6"):
                 cache.truncate(6)
+
+
+def test_a_cache_serves_its_own_model_only(emulator):
+    with emulated_gpu(emulator):
+        a, b = (ec.TernaryTransformer(Checkpoint.random(TINY_MODEL, seed)) for seed in (1, 2))
+        cache = a.new_cache(8)
+        with pytest.raises(ec.ArgumentValueError, match="another model"):
+            b.prefill([1], cache)
+        with pytest.raises(ec.ArgumentValueError, match="another model"):
+            b.decode_one_token([1], cache)
+
+
+def test_a_refused_step_changes_nothing(emulator):
+    with emulated_gpu(emulator):
+        model = ec.TernaryTransformer(Checkpoint.random(TINY_MODEL, 1))
+        cache = model.new_cache(2)
+        model.prefill([1, 2], cache)
+        before = cache.token.copy()
+        for token, error in ((np.array([7], np.int32), ValueError), (np.array([7.5]), (TypeError, ValueError))):
+            with pytest.raises(error):
+                model.decode_one_token(token, cache)
+        assert cache.length == 2
+        np.testing.assert_array_equal(cache.token, before)
+        with pytest.raises(ec.ArgumentValueError, match="vocabulary"):
+            model.generate([TINY_MODEL.vocab_size])  # at once, not at the first token
+
+
+def test_a_long_prompt_goes_in_pieces(emulator, monkeypatch):
+    checkpoint = Checkpoint.random(TINY_MODEL, seed=3)
+    prompt = np.random.default_rng(0).integers(0, TINY_MODEL.vocab_size, (2, 23))
+    with emulated_gpu(emulator):
+        model = ec.TernaryTransformer(checkpoint, activation="float", dtype="float32")
+        whole, pieces = model.new_cache(30, batch=2), model.new_cache(30, batch=2)
+        model.prefill(prompt, whole)
+        monkeypatch.setattr("edgellm_cupy.model.decoder._PREFILL_TOKENS", 10)
+        model.prefill(prompt, pieces)
+    assert pieces.length == whole.length == 23
+    np.testing.assert_allclose(pieces.logits, whole.logits, rtol=0, atol=1e-5 * np.abs(whole.logits).max())
+    np.testing.assert_array_equal(pieces.token, whole.token)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(64, 1, 128), (32, 1, 256), (71, 1, 64)])
+def test_a_group_that_attention_cannot_hold_is_refused_when_the_model_is_made(emulator, heads, kv_heads, head_dim):
+    config = ec.ModelConfig("wide", 1, 16, 16, heads, kv_heads, head_dim, 8)
+    with emulated_gpu(emulator), pytest.raises(ec.ArgumentValueError, match="num_heads / num_kv_heads"):
+        ec.TernaryTransformer(Checkpoint.random(config))
+
+
+def test_every_launch_fits_every_promised_gpu():
+    """Shared memory of one block, over many shapes; the registers are the compile matrix's part."""
+    orin = DeviceFacts(arch=87, multiprocessors=16, threads=1536, shared_bytes=167936, block_shared_bytes=166912)
+    ada = DeviceFacts(arch=89, multiprocessors=128, threads=1536, shared_bytes=102400, block_shared_bytes=101376)
+    for facts in (T4, orin, ada, H200):
+        for n in (1, 2, 3, 5, 9, 300):
+            for k in (1, 576, 1985, 2560, 8193, 16385, 28672, 200_001):
+                for activation in ("float", "int8"):
+                    plan = product_launch(576, n, k, "float16", True, activation, facts)
+                    assert plan.launch.shared_bytes + 2048 <= facts.block_shared_bytes, (facts, n, k, activation)
+                    assert plan.launch.block[0] * plan.config.resident <= facts.threads or plan.config.resident == 1

@@ -7,7 +7,8 @@ import pytest
 
 import edgellm_cupy as ec
 from edgellm_cupy import verify
-from edgellm_cupy.kernels import capture, count_launches
+from edgellm_cupy.arguments import BFLOAT16
+from edgellm_cupy.kernels import capture, count_launches, loader
 from edgellm_cupy.reference.accuracy import check
 
 pytestmark = pytest.mark.gpu
@@ -37,7 +38,8 @@ def test_weight_round_trip_on_the_device(cp):
     np.testing.assert_array_equal(weight.to_int8().get(), t)
     host = weight.to_host()
     np.testing.assert_array_equal(host.packed, ec.TernaryWeight.from_int8(t, 0.5).packed)
-    assert host.to_device().to_device() is not host
+    again = host.to_device()
+    assert again.to_device() is again
 
 
 def test_absmean_on_the_device_equals_the_host(cp):
@@ -85,14 +87,30 @@ def test_graph_outlives_its_workspaces(cp, problem, strategy, n):
     assert all(bool((block == 0x7F).all()) for block in churn)
 
 
-def test_runs_on_the_current_stream(cp, problem):
+def test_launches_go_to_the_current_stream(cp, problem):
+    """A capture records what goes to its stream, and nothing else."""
     x, _, weight = problem
-    on_device, device_x = weight.to_device(), cp.asarray(x)
-    stream = cp.cuda.Stream(non_blocking=True)
-    with stream:
-        y = ec.ternary_matmul(device_x, on_device, "int8")
-    stream.synchronize()
-    message = check(y.get(), x, None, weight, activation="int8")
+    on_device, device_x, out = weight.to_device(), cp.asarray(x), cp.full(96, np.nan, np.float16)
+    graph = capture(lambda: ec.ternary_matmul(device_x, on_device, "int8", out=out))
+    assert bool(cp.isnan(out).all())
+    assert graph.kernels == 1
+    graph.launch()
+    message = check(out.get(), x, None, weight, activation="int8")
+    assert message is None, message
+
+
+def test_first_call_may_be_inside_a_capture(cp):
+    """Nothing has to be warm: the kernel is compiled and loaded while the stream is capturing."""
+    rng = np.random.default_rng(5)
+    weight = ec.TernaryWeight.from_int8(rng.integers(-1, 2, (40, 300), dtype=np.int8)).to_device()
+    x = rng.standard_normal((4, 300)).astype(BFLOAT16)
+    device_x, out = cp.asarray(x), cp.full((4, 40), np.nan, np.float32)
+    for (device, spec), kernel in list(loader._loaded.items()):
+        if spec.file.endswith("ternary_matmul.cu"):
+            del loader._loaded[device, spec], kernel
+    graph = capture(lambda: ec.ternary_matmul(device_x, weight, "float", out=out))
+    graph.launch()
+    message = check(out.get(), x, None, weight.to_host())
     assert message is None, message
 
 

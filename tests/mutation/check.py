@@ -421,7 +421,8 @@ def verdict_of(result: subprocess.CompletedProcess[str]) -> Verdict:
         return Verdict("caught", how=f"pytest ended with {result.returncode}: {result.stdout[-200:]}")
     reason = failed[2] or ""
     fault = re.search(r"EmulatorFault: ([\w-]+)", reason)
-    return Verdict("caught", failed[1], fault[1] if fault else "wrong result" if "assert" in reason.lower() else reason[:80])
+    how = fault[1] if fault else "wrong result" if "assert" in reason.lower() else reason[:80]
+    return Verdict("caught", failed[1], how)
 
 
 def run_all(trees: Trees, order: list[Mutant], count: int, jobs: int, done: Callable[[Mutant, Verdict], None]) -> None:

@@ -1,0 +1,125 @@
+"""The compile matrix: every specialisation for every architecture that we promise, through NVRTC, without a GPU.
+
+sm_75 and sm_90, the oldest and the reference machine's, run always; the others are marked slow.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from typing import Any
+
+import pytest
+
+from edgellm_cupy.errors import GpuUnavailableError
+from edgellm_cupy.kernels import KernelSpec, nvrtc
+from edgellm_cupy.tuning import product, specialisations
+from tests.update_kernel_budget import BUDGET_FILE, Report, compilers, compile_all, read_report
+
+REGISTERS, STATIC_SHARED_BYTES = 65536, 48 * 1024  # of a multiprocessor; of a block: the same on every architecture
+ALWAYS = (75, 90)
+# Another NVRTC allocates registers differently; what it may not do is hide a change of the kernels.
+OTHER_NVRTC = 1.25
+HOW_TO_UPDATE = "if the change is worth it, run `python -m tests.update_kernel_budget` and commit the new budget"
+
+Matrix = tuple[int, dict[KernelSpec, Report]]
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Executor]:
+    try:
+        nvrtc.require()
+    except GpuUnavailableError as e:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"CI has to compile every kernel: {e}")
+        pytest.skip(str(e))
+    with compilers() as pool:
+        yield pool
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(arch, marks=() if arch in ALWAYS else pytest.mark.slow, id=f"sm_{arch}")
+        for arch in nvrtc.ARCHITECTURES
+    ],
+)
+def matrix(request: pytest.FixtureRequest, pool: Executor, exercised: Any) -> Matrix:
+    """One architecture, and ptxas' report on each specialisation."""
+    reports = compile_all(request.param, pool)
+    exercised.architectures.add(request.param)
+    return request.param, reports
+
+
+@pytest.fixture(scope="module")
+def budget() -> dict[str, Any]:
+    return json.loads(BUDGET_FILE.read_text())
+
+
+def test_nothing_spills(matrix: Matrix) -> None:
+    arch, reports = matrix
+    spilling = [f"{s.name}: {r}" for s, r in reports.items() if r.stack or r.spill_stores or r.spill_loads]
+    assert not spilling, _listing(f"kernels use local memory on sm_{arch}", spilling)
+
+
+def test_every_block_can_be_launched(matrix: Matrix) -> None:
+    """As many blocks as the launch configuration counts on fit a multiprocessor."""
+    arch, reports = matrix
+    wrong = []
+    for spec, report in reports.items():
+        macros = dict(spec.macros)
+        warps = -(-int(macros.get("THREADS") or macros["HEAD_DIM"]) // 32)  # attention_combine: a thread a feature
+        blocks = int(macros.get("RESIDENT", 1))
+        # Registers are handed out to warps, 256 at a time.
+        registers = -(-report.registers * 32 // 256) * 256 * warps * blocks
+        shared = STATIC_SHARED_BYTES if "RESIDENT" not in macros else product._STATIC_SHARED_BYTES
+        if registers > REGISTERS or report.shared > shared:
+            wrong.append(f"{spec.name}: {registers} of {REGISTERS} registers, {report.shared} of {shared} shared bytes")
+    assert not wrong, _listing(f"blocks do not fit on sm_{arch}", wrong)
+
+
+def test_registers_and_shared_memory_stay_within_the_budget(matrix: Matrix, budget: dict[str, Any]) -> None:
+    arch, reports = matrix
+    column = budget["architectures"].index(arch)
+    slack = 1.0 if nvrtc.version() == budget["nvrtc"] else OTHER_NVRTC
+    over = []
+    for spec, report in reports.items():
+        allowed = budget["kernels"].get(spec.name)
+        if allowed is None:
+            continue  # the next test names it
+        registers, shared = allowed["registers"][column], allowed["shared"]
+        if report.registers > registers * slack or report.shared > shared * slack:
+            over.append(
+                f"{spec.name}: {report.registers} registers (budget {registers}), {report.shared} shared bytes ({shared})"
+            )
+    made_with = f"NVRTC {nvrtc.version()}, the budget is of {budget['nvrtc']}"
+    assert not over, _listing(f"over the budget on sm_{arch} ({made_with}); {HOW_TO_UPDATE}", over)
+
+
+def test_the_budget_names_every_specialisation_and_architecture(budget: dict[str, Any]) -> None:
+    assert budget["architectures"] == list(nvrtc.ARCHITECTURES), HOW_TO_UPDATE
+    names = {spec.name for spec in specialisations()}
+    wrong = [f"missing: {name}" for name in sorted(names - set(budget["kernels"]))]
+    wrong += [f"not reachable any more: {name}" for name in sorted(set(budget["kernels"]) - names)]
+    assert not wrong, _listing(f"the budget is out of date; {HOW_TO_UPDATE}", wrong)
+
+
+def test_a_report_takes_the_worst_function_of_the_log() -> None:
+    log = """\
+ptxas info    : Compiling entry function 'edgellm_x' for 'sm_90'
+ptxas info    : Function properties for helper
+    16 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
+ptxas info    : Function properties for edgellm_x
+ptxas         .     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 30 registers, used 1 barriers, 64 bytes smem, 400 bytes cmem[0]
+"""
+    assert read_report(log) == Report(registers=30, shared=64, stack=16, spill_stores=4, spill_loads=8)
+    assert read_report(re.sub(", 64 bytes smem", "", log)).shared == 0
+
+
+def _listing(what: str, lines: list[str]) -> str:
+    more = f"\n  ... and {len(lines) - 20} more" if len(lines) > 20 else ""
+    return f"{len(lines)} {what}:\n  " + "\n  ".join(lines[:20]) + more
