@@ -1,8 +1,9 @@
 """What decoding costs the host: CPU time of this process, its threads, and the price of enqueuing one token.
 
 The original reports the machine's load and the machine's threads; both figures here are this process's. 100 % is one
-core fully busy. On CUDA the time includes the wait at the end of each run, in which the driver spins. The clocks are
-read by the decoding thread itself, between two tokens: a sampling thread would have to wait for Python's lock.
+core fully busy. On CUDA each run ends on a blocking event, for which the thread sleeps: a synchronisation that spins
+would make the CPU time of a token its wall clock. The clocks are read by the decoding thread itself, between two
+tokens: a sampling thread would have to wait for Python's lock.
 
 Results of :func:`run`:
 
@@ -26,8 +27,7 @@ import psutil
 from . import timing
 from .context import Context
 from .metrics import measured, missing
-from .tokens import synchronise
-from .utilisation import DecodeLoop
+from .utilisation import CONTEXT, DecodeLoop
 
 WINDOW_S = 0.05
 RUN_TOKENS = 32  # launches in flight at once: far below the depth at which the driver makes the host wait
@@ -57,7 +57,7 @@ def run(ctx: Context) -> dict[str, Any]:
         "work": str(step),
         "tokens": tokens,
         "wall_s": wall,
-        "cpu_time_per_token_ms": measured(1e3 * cpu / tokens, "ms", n=tokens, scope=_SCOPE),
+        "cpu_time_per_token_ms": measured(1e3 * cpu / tokens, "ms", n=tokens, context=CONTEXT, scope=_SCOPE),
         "cpu_utilization_pct": measured(100 * cpu / wall, "%", scope=_SCOPE),
         "cpu_peak_pct": measured(
             max(windows), "%", n=len(windows), window=f"at least {WINDOW_S * 1e3:.0f} ms", scope=_SCOPE
@@ -102,6 +102,15 @@ def _decode(ctx: Context, step: DecodeLoop, stamps: list[tuple[float, float]]) -
         step()
         times.append(1e6 * (time.perf_counter() - start))
         stamps.append(_stamp())
-    synchronise(ctx)
+    if not ctx.no_gpu:
+        _sleep_until_idle()
     stamps.append(_stamp())
     return times
+
+
+def _sleep_until_idle() -> None:
+    import cupy as cp
+
+    done = cp.cuda.Event(block=True, disable_timing=True)
+    done.record()
+    done.synchronize()

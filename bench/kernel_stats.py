@@ -1,17 +1,19 @@
 """The kernels of one decoded token: how many, which, how long, and what each asks of the GPU.
 
-Launches are counted at the one place of the library that launches, and a CUDA graph by the nodes recorded into it.
-Occupancy is the theoretical one, by the driver's calculator, for the launch shapes that were really used.
+Kernels are counted where the library launches them: a token's graph by the launches that were made while it was
+recorded. What anyone else enqueues is not seen. Occupancy is the theoretical one, by the driver's calculator, for the
+launch shapes that were really used.
 
 Results of :func:`run`:
 
     kernels_per_token           kernels that ran for one token
     graph_launches_per_token    launches that the host made for it
     host_sync_calls_per_token   synchronisations inside `decode_one_token`; see :func:`_synchronisations`
-    token_gpu_ms                series: GPU time of a token at a context of :data:`DEPTH`, from events
+    token_gpu_ms                series: GPU time of a token at a context of :data:`.utilisation.CONTEXT`
     avg_kernel_exec_time_ms     its median over the kernels of a token, the gaps between them included
-    launch_share                kernel name -> {launches, share_pct} as recorded into a token's graph
-    kernels                     one row a kernel that this process has loaded: resources, launch shapes, occupancy
+    launch_share                one row a kernel of a token: its launches and their share
+    kernels                     one row a kernel of a token and launch shape: resources and occupancy. The launches are
+                                those of the kernel in all its shapes
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ from typing import Any
 from . import timing
 from .context import Context
 from .metrics import Metric, measured, missing
-from .tokens import WARM_UP_TOKENS, decode_times
+from .tokens import WARM_UP_TOKENS, times_at_depth
+from .utilisation import CONTEXT
 
-DEPTH = 1024
 _FIGURES: dict[str, str | None] = {
     "kernels_per_token": "kernels",
     "graph_launches_per_token": "launches",
@@ -41,24 +43,25 @@ def run(ctx: Context) -> dict[str, Any]:
     """Count, time and describe. Every figure is null with the reason where there is no GPU."""
     if ctx.no_gpu:
         return {key: missing(ctx.no_gpu, unit) for key, unit in _FIGURES.items()}
-    from ..kernels import count_launches
+    from ..kernels import count_launches, loaded
 
     ctx.progress("kernels of one token")
     tokens = 64 if ctx.quick else 256
+    for kernel in loaded():
+        kernel.launch_shapes.clear()  # of prompts and products; what is recorded below is a token's
     with count_launches() as recorded:  # a new cache has buffers of its own, hence a graph of its own
-        cache = ctx.model.new_cache(DEPTH + WARM_UP_TOKENS + tokens)
+        cache = ctx.model.new_cache(CONTEXT + tokens)
         token = ctx.model.decode_one_token(1, cache)
     with count_launches() as counter:
         token = ctx.model.decode_one_token(token, cache)
+    kernels = [row for kernel in loaded() for row in _rows(kernel, recorded.by_name)]
     synchronisations = _synchronisations(ctx, cache, token)
 
-    cache.fill_random(DEPTH)
-    token_ms = timing.summarise(
-        decode_times(ctx, cache, tokens), "ms", context=DEPTH, method="CUDA events around each graph launch"
-    )
+    times = times_at_depth(ctx, cache, CONTEXT, tokens)
+    token_ms = timing.summarise(times, "ms", context=CONTEXT, method="CUDA events around each graph launch")
     return {
         "kernels_per_token": measured(
-            counter.kernels, "kernels", how="counted: nodes of the graphs that were launched"
+            counter.kernels, "kernels", how="counted where the library launches, while the token's graph was recorded"
         ),
         "graph_launches_per_token": measured(counter.graph_launches, "launches"),
         "host_sync_calls_per_token": synchronisations,
@@ -68,8 +71,11 @@ def run(ctx: Context) -> dict[str, Any]:
             "ms",
             of="GPU time of a token over its kernels, gaps included",
         ),
-        "launch_share": _shares(recorded.by_name),
-        "kernels": _loaded(recorded.by_name),
+        "launch_share": [
+            {"name": name, "launches": launches, "share_pct": _share(launches, recorded.by_name)}
+            for name, launches in recorded.by_name.most_common()
+        ],
+        "kernels": sorted(kernels, key=lambda row: (-row["launches_per_token"], row["name"], row["grid"])),
     }
 
 
@@ -97,40 +103,27 @@ def _synchronisations(ctx: Context, cache: Any, token: Any) -> Metric:
     )  # fmt: skip
 
 
-def _shares(by_name: Mapping[str, int]) -> dict[str, Any]:
-    total = sum(by_name.values())
-    return {
-        name: {"launches": measured(count, "launches"), "share_pct": measured(100 * count / total, "%")}
-        for name, count in sorted(by_name.items(), key=lambda item: -item[1])
-    }
+def _share(launches: int, by_name: Mapping[str, int]) -> float:
+    return 100 * launches / sum(by_name.values())
 
 
-def _loaded(in_token: Mapping[str, int]) -> list[dict[str, Any]]:
-    from ..kernels import loaded
-
-    return sorted((_kernel(kernel, in_token) for kernel in loaded()), key=lambda row: row["name"])
-
-
-def _kernel(kernel: Any, in_token: Mapping[str, int]) -> dict[str, Any]:
+def _rows(kernel: Any, by_name: Mapping[str, int]) -> list[dict[str, Any]]:
+    """One row for each shape in which `kernel` was launched."""
+    if not kernel.launch_shapes:
+        return []
     info = kernel.info
-    return {
-        "name": info.name,
-        "file": info.file,
-        "in_token": info.name in in_token,
-        "registers": measured(info.registers, "registers/thread"),
-        "static_shared_bytes": measured(info.static_shared_bytes, "bytes/block"),
-        "local_bytes": measured(info.local_bytes, "bytes/thread", of="spills and local arrays"),
-        "max_threads_per_block": measured(info.max_threads_per_block, "threads"),
-        "binary_arch": measured(f"sm_{info.arch}"),
-        "launches": [_launch(kernel, info, *shape) for shape in sorted(kernel.launch_shapes)],
-    }
-
-
-def _launch(kernel: Any, info: Any, grid: tuple[int, ...], block: tuple[int, ...], shared_bytes: int) -> dict[str, Any]:
-    return {
-        "grid": list(grid),
-        "block": list(block),
-        "dynamic_shared_bytes": measured(shared_bytes, "bytes/block"),
-        "shared_bytes": measured(info.static_shared_bytes + shared_bytes, "bytes/block"),
-        "theoretical_occupancy_pct": measured(100 * kernel.occupancy(math.prod(block), shared_bytes), "%"),
-    }
+    return [
+        {
+            "name": info.name,
+            "launches_per_token": by_name[info.name],
+            "share_pct": _share(by_name[info.name], by_name),
+            "grid": " x ".join(map(str, grid)),
+            "block": " x ".join(map(str, block)),
+            "dynamic_shared_bytes": shared_bytes,
+            "registers": info.registers,
+            "static_shared_bytes": info.static_shared_bytes,
+            "local_bytes": info.local_bytes,
+            "occupancy_pct": 100 * kernel.occupancy(math.prod(block), shared_bytes),
+        }
+        for grid, block, shared_bytes in sorted(kernel.launch_shapes)
+    ]

@@ -7,18 +7,21 @@ with an error of about 10 %: small differences between two GPUs or two runs mean
 
 Results of :func:`run`:
 
-    idle                one window (:func:`_window`) without work
+    plan                seconds and number of the windows
+    note                what the figures of a board are worth
+    idle                one window (:meth:`Meter.window`) without work
     token               the windows of decoding, gross and net joules a token
     products            layer type -> the window of its fused int8 product on cold weights, joules an operation
     avg_power_w, peak_power_w, min_power_w      sampled while decoding, with the name of the sensor's window
-    energy_per_token_j  gross, median of the windows; energy_per_token_net_j: without what the GPU draws when idle
+    energy_per_token_j  gross, median of the windows; energy_per_token_net_j: without what the GPU draws when idle;
+                        both at the depth `context`
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -29,7 +32,7 @@ from .context import Context
 from .hardware import NvmlDevice, current_nvml_device
 from .latency import Operation, Problem, cold_weights
 from .metrics import Metric, measured, missing
-from .utilisation import Chunks, DecodeLoop, Sampler, condition_probes, conditions
+from .utilisation import CONTEXT, Chunks, DecodeLoop, Sampler, condition_probes, conditions
 
 FEWEST_TICKS = 20
 SUSPECT_PCT = 5.0
@@ -38,6 +41,7 @@ SENSOR_NOTE = "boards measure with about 10 % of error"
 _SAMPLE_S = 0.02  # the counter of an H200 steps at most as often, the sensor every 25 ms at best
 _TICK_TIMEOUT_S = 2.0
 _SETTLE_S = 2.0  # after work a GPU keeps its clocks, and its draw, for a while
+_NO_COUNTER = "integral of the sampled power: this GPU has no energy counter"
 _PRODUCT = Operation("rmsnorm_ternary_matmul", "int8")
 
 
@@ -63,7 +67,7 @@ def run(ctx: Context) -> dict[str, Any]:
     for i in range(plan.trials):
         ctx.progress(f"power: decoding, window {i + 1} of {plan.trials}")
         trials.append(meter.window(decode, plan.window_s))
-    token = {**per_call(trials, idle), "windows": trials}
+    token = {**per_call(trials, idle, context=CONTEXT), "windows": trials}
 
     products: dict[str, Any] = {}
     for layer, (m, k) in ctx.config.products().items():
@@ -73,7 +77,7 @@ def run(ctx: Context) -> dict[str, Any]:
         ctx.progress(f"power: {layer} {m} x {k}")
         products[layer] = _product_energy(ctx, meter, Problem.random(layer, m, k), plan, idle)
     return {
-        "plan": {"window_s": plan.window_s, "trials": plan.trials},
+        "plan": asdict(plan),
         "note": SENSOR_NOTE,
         "idle": idle,
         "token": token,
@@ -85,6 +89,8 @@ def run(ctx: Context) -> dict[str, Any]:
 
 
 _FIGURES: dict[str, str | None] = {
+    "plan": None,
+    "note": None,
     "idle": None,
     "token": None,
     "products": None,
@@ -105,7 +111,7 @@ def _product_energy(ctx: Context, meter: Meter, p: Problem, plan: Plan, idle: di
     def call_on(weight: ec.TernaryWeight) -> Callable[[], None]:
         return lambda: _PRODUCT.call(ec, x, gamma, weight, y)
 
-    rotation = timing.Rotation([call_on(w) for w in cold_weights(p.W)], p.W.nbytes, "cold")
+    rotation = timing.Rotation([call_on(w) for w in cold_weights(p.W)], p.W.packed.nbytes, "cold")
     graph = timing.capture(rotation)
     if wrong := _PRODUCT.bound(p).check(y.get()):
         ctx.failures.append(f"{p.layer}: energy of {_PRODUCT.name}: {wrong}")
@@ -189,13 +195,13 @@ class Meter:
         )
         counts = sampler.values("energy_j", begin.at, end.at)
         ticks = sum(a != b for a, b in pairwise(counts))
-        joules = _joules(begin.joules, end.joules, ticks, bool(counts), integral)
+        joules = _joules(begin.joules, end.joules, ticks) if counts else {**integral, "source": _NO_COUNTER}
         figures = {"seconds": elapsed, "calls": calls, "joules": joules, "ticks": ticks, "sampled_power_w": power}
         return {
             **figures,
             "mean_power_w": _divided(joules, elapsed, "W"),
             "integral_j": integral,
-            **_agreement(joules, integral),
+            **(_agreement(joules, integral) if counts else _disagreement_unknown("there is no counter to compare with")),
             "conditions": conditions(sampler, begin.at, end.at),
         }
 
@@ -213,10 +219,8 @@ class Meter:
         return _Reading(missing(reason, "J"), time.perf_counter(), steps)
 
 
-def _joules(begin: Metric, end: Metric, ticks: int, has_counter: bool, integral: Metric) -> Metric:
-    """Energy of a window: the counter's, or the integral of the sampled power where there is no counter."""
-    if not has_counter:
-        return {**integral, "source": "integral of the sampled power: this GPU has no energy counter"}
+def _joules(begin: Metric, end: Metric, ticks: int) -> Metric:
+    """Energy of a window by the counter."""
     for reading in (begin, end):
         if reading["value"] is None:
             return reading
@@ -242,27 +246,31 @@ def _agreement(joules: Metric, integral: Metric) -> dict[str, Metric]:
     """How far counter and integral are apart; more than :data:`SUSPECT_PCT` makes the window suspect."""
     for figure in (joules, integral):
         if figure["value"] is None:
-            nothing = missing(figure["reason"])
-            return {"counter_minus_integral_pct": nothing, "suspect": nothing}
+            return _disagreement_unknown(figure["reason"])
     apart = 100 * (joules["value"] - integral["value"]) / joules["value"]
     return {"counter_minus_integral_pct": measured(apart, "%"), "suspect": measured(abs(apart) > SUSPECT_PCT)}
+
+
+def _disagreement_unknown(reason: str) -> dict[str, Metric]:
+    return {"counter_minus_integral_pct": missing(reason), "suspect": missing(reason)}
 
 
 # ---- from windows to figures ----------------------------------------------------------------------------------------
 
 
-def per_call(windows: Sequence[dict[str, Any]], idle: dict[str, Any]) -> dict[str, Metric]:
-    """Joules of one call: median over the windows, as drawn (`gross_j`) and above idle (`net_j`).
+def per_call(windows: Sequence[dict[str, Any]], idle: dict[str, Any], **detail: Any) -> dict[str, Metric]:
+    """Joules of one call: median over the windows, as drawn (`gross_j`) and above idle (`net_j`), with `detail`.
 
-    A window without an energy is left out; with none left the figures are null with the first one's reason.
+    Their `suspect` is true when any window is, and null when none is but one cannot tell. A window without an energy is left out; with none left the figures are null with the first one's reason.
     """
     usable = [w for w in windows if w["joules"]["value"] is not None]
     if not usable:
         nothing = missing(windows[0]["joules"]["reason"], "J")
         return {"gross_j": nothing, "net_j": nothing}
-    detail = {
+    suspect = [w["suspect"]["value"] for w in usable]
+    detail |= {
         "source": usable[0]["joules"]["source"],
-        "suspect": any(w["suspect"]["value"] for w in usable),
+        "suspect": True if True in suspect else None if None in suspect else False,
         "note": SENSOR_NOTE,
     }
     gross = timing.median([w["joules"]["value"] / w["calls"] for w in usable], "J", **detail)

@@ -7,6 +7,7 @@ Results of :func:`run`:
 
     rows                the depths, each with its token times, tokens/s, bytes of KV cache and whether it is synthetic
     fit                 the straight line through the medians of all depths (:class:`Fit`)
+    conditions          of the GPU meanwhile
     throughput_*_ctx_tok_s, throughput_degradation_slope_pct_per_1k
 """
 
@@ -21,7 +22,8 @@ import numpy as np
 from . import timing
 from .context import Context
 from .metrics import measured
-from .tokens import WARM_UP_TOKENS, decode_times
+from .tokens import times_at_depth
+from .utilisation import under_conditions
 
 REPORTED = {"1k": 1024, "4k": 4096, "8k": 8192, "16k": 16384}
 DEPTHS = (1024, 2048, 4096, 8192, 12288, 16384)
@@ -95,9 +97,21 @@ def fit_line(contexts: Sequence[int], ms: Sequence[float]) -> Fit:
 
 def run(ctx: Context) -> dict[str, Any]:
     """Token times at each depth of :data:`DEPTHS`, and the line through them. Milliseconds and tokens a second."""
-    tokens = _TOKENS_QUICK if ctx.quick else _TOKENS[ctx.backend]
-    # One cache for all depths: a graph that was captured for it serves every length.
-    cache = ctx.model.new_cache(DEPTHS[-1] + tokens)
+    return under_conditions(ctx, lambda: _measure(ctx))
+
+
+def cache_length(ctx: Context) -> int:
+    """Positions of the one cache that serves all depths."""
+    return DEPTHS[-1] + _tokens(ctx)
+
+
+def _tokens(ctx: Context) -> int:
+    return _TOKENS_QUICK if ctx.quick else _TOKENS[ctx.backend]
+
+
+def _measure(ctx: Context) -> dict[str, Any]:
+    tokens = _tokens(ctx)
+    cache = ctx.model.new_cache(cache_length(ctx))
     _row(ctx, cache, DEPTHS[0], tokens)  # clocks rise, memory is touched for the first time
     rows = [_row(ctx, cache, depth, tokens) for depth in DEPTHS]
     line = fit_line(DEPTHS, [row["latency"]["median"]["value"] for row in rows])
@@ -116,18 +130,14 @@ def run(ctx: Context) -> dict[str, Any]:
 
 
 def _row(ctx: Context, cache: Any, depth: int, tokens: int) -> dict[str, Any]:
-    """`tokens` tokens around `depth`: half of them are decoded before the context reaches it."""
     ctx.progress(f"context {depth}")
-    cache.fill_random(depth - tokens // 2 - WARM_UP_TOKENS)
-    latency = timing.summarise(decode_times(ctx, cache, tokens), "ms")
-    middle = latency["median"]
-    interval = [1e3 / limit for limit in reversed(middle["ci95"])] if middle["ci95"] else None
+    latency = timing.summarise(times_at_depth(ctx, cache, depth, tokens), "ms")
     synthetic = depth > ctx.config.max_context
     return {
         "context": depth,
         "synthetic": synthetic,
         "latency": latency,
-        "tok_s": measured(1e3 / middle["value"], "tok/s", n=tokens, ci95=interval, context=depth, synthetic=synthetic),
+        "tok_s": timing.rate(latency["median"], 1e3, "tok/s", context=depth, synthetic=synthetic),
         # Of a cache that is just long enough; the one measured on is as long as the largest context needs.
         "kv_cache_bytes": measured(cache.nbytes * depth // cache.max_len, "bytes"),
     }

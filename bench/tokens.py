@@ -2,7 +2,8 @@
 
 Boundary: the engine. Token ids go in and come out; no tokeniser, no network. Decoding runs from an empty cache in
 runs of `Plan.run_tokens` tokens, again and again, so that the context stays short however many samples are wanted
-(:mod:`.scaling` measures long ones).
+(:mod:`.scaling` measures long ones). It grows within a run all the same: the spread and the upper percentiles of the
+token latencies hold that growth beside the jitter. Gaps are differences of neighbours within a run.
 
 Results of :func:`run`:
 
@@ -11,14 +12,18 @@ Results of :func:`run`:
     prompts                 one row for each prompt length: series in ms until the device is idle, tokens/s
     token_latency           series in ms: CUDA events around each graph launch (the token stays on the device), or the
                             wall clock on NumPy
-    token_latency_streamed  series in ms, CUDA only: wall clock when the host reads every token before the next one
-    throughput_tok_s        tokens/s of whole runs: wall clock, one synchronisation at the end
+    token_latency_streamed  series in ms: wall clock when the host reads every token before the next one; null on NumPy,
+                            whose token_latency is that
+    throughput_tok_s        tokens/s of whole runs: wall clock, one synchronisation at the end; on NumPy of the runs of
+                            token_latency. `context` is the mean over a run
+    conditions              of the GPU meanwhile
     *_token_latency_ms, token_gap_variance_ms2, time_to_first_token_ms, prompt_tok_s
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -27,6 +32,8 @@ import numpy as np
 
 from . import timing
 from .context import Context
+from .metrics import Metric, missing
+from .utilisation import under_conditions
 
 PROMPT_TOKENS = 128
 WARM_UP_TOKENS = 4
@@ -42,13 +49,15 @@ class Plan:
     Attributes:
         run_tokens: tokens of one run, from an empty cache.
         tokens: samples wanted of the token latency; p99 needs 1,000 for ten beyond it.
-        limit_s: seconds after which no further run begins, for latency and for throughput each.
+        runs: fewest runs; six give the median of their rates an interval.
+        limit_s: seconds after which no run beyond these begins, for each series and for throughput.
         prompts: prompt lengths in tokens; `prompt_tok_s` is that of the last.
         rule: when a prompt's series has enough samples.
     """
 
     run_tokens: int
     tokens: int
+    runs: int
     limit_s: float
     prompts: tuple[int, ...]
     rule: timing.StopRule
@@ -61,21 +70,26 @@ _QUICK_PROMPT_RULE = timing.StopRule(relative_error=0.02, min_samples=3, min_sec
 def _plan(ctx: Context) -> Plan:
     prompts = (32, 128) if ctx.no_gpu else (128, 512)
     if ctx.quick:
-        return Plan(32, 64, 1, prompts[:1], _QUICK_PROMPT_RULE)
-    return Plan(128, 1152, 6, prompts, _PROMPT_RULE)
+        return Plan(32, 64, 2, 1, prompts[:1], _QUICK_PROMPT_RULE)
+    return Plan(32 if ctx.no_gpu else 128, 1152, 6, 6, prompts, _PROMPT_RULE)
 
 
 def run(ctx: Context) -> dict[str, Any]:
     """Measure everything in the module's table. Milliseconds and tokens a second."""
-    plan = _plan(ctx)
+    return under_conditions(ctx, lambda: _measure(ctx, _plan(ctx)))
+
+
+def _measure(ctx: Context, plan: Plan) -> dict[str, Any]:
     first = _first_token(ctx, plan)
     prompts = [_prompt(ctx, n, plan) for n in plan.prompts]
     latency = _latency(ctx, plan)
+    token = latency["token_latency"]
     return {
         "boundary": "engine",
         "plan": {
             "run_tokens": plan.run_tokens,
             "tokens": plan.tokens,
+            "runs": plan.runs,
             "limit_s": plan.limit_s,
             "warm_up_tokens": WARM_UP_TOKENS,
         },
@@ -84,9 +98,8 @@ def run(ctx: Context) -> dict[str, Any]:
         **latency,
         "time_to_first_token_ms": {**first["median"], "prompt_tokens": PROMPT_TOKENS},
         "prompt_tok_s": {**prompts[-1]["tok_s"], "prompt_tokens": prompts[-1]["tokens"]},
-        **{f"{p}_token_latency_ms": latency["token_latency"][p] for p in ("mean", "p50", "p90", "p95", "p99", "max")},
-        "token_gap_variance_ms2": latency["token_latency"]["gap_variance"],
-        "throughput_tok_s": _throughput(ctx, plan),
+        **{f"{p}_token_latency_ms": token[p] for p in ("mean", "p50", "p90", "p95", "p99", "max")},
+        "token_gap_variance_ms2": token["gap_variance"],
     }
 
 
@@ -121,6 +134,12 @@ def decode_times(ctx: Context, cache: Any, n: int) -> list[float]:
     return [float(cupy.cuda.get_elapsed_time(a, b)) for a, b in pairwise(events)]
 
 
+def times_at_depth(ctx: Context, cache: Any, depth: int, n: int) -> list[float]:
+    """:func:`decode_times` around `depth`: half of the tokens are decoded before the context reaches it."""
+    cache.fill_random(depth - n // 2 - WARM_UP_TOKENS)
+    return decode_times(ctx, cache, n)
+
+
 def _wall_times(ctx: Context, cache: Any, n: int) -> list[float]:
     """Like :func:`decode_times`, but by the wall clock, and the host reads each token before it asks for the next."""
     token = _warm_up(ctx, cache)
@@ -152,12 +171,11 @@ def _first_token(ctx: Context, plan: Plan) -> dict[str, Any]:
     ids, cache = _prompt_ids(ctx, PROMPT_TOKENS), ctx.model.new_cache(PROMPT_TOKENS)
 
     def call() -> None:
-        cache.fill_random(0)
         logits = ctx.model.prefill(ids, cache)
         # On CUDA the step itself chooses the token and leaves it in the cache.
         int(logits.argmax() if ctx.no_gpu else cache.token[0])
 
-    return timing.wall_clock(call, plan.rule, "ms").summary(
+    return timing.wall_clock(call, plan.rule, "ms", prepare=lambda: _empty(ctx, cache)).summary(
         series="end_to_end", prompt_tokens=PROMPT_TOKENS, method="wall clock, host ids to first token on the host"
     )
 
@@ -167,55 +185,79 @@ def _prompt(ctx: Context, n: int, plan: Plan) -> dict[str, Any]:
     ids, cache = _prompt_ids(ctx, n), ctx.model.new_cache(n)
 
     def call() -> None:
-        cache.fill_random(0)
         ctx.model.prefill(ids, cache)
         synchronise(ctx)
 
-    series = timing.wall_clock(call, plan.rule, "ms")
-    rates = [1e3 * n / ms for ms in series.values]
+    series = timing.wall_clock(call, plan.rule, "ms", prepare=lambda: _empty(ctx, cache))
     latency = series.summary(method="wall clock until idle")
-    return {"tokens": n, "tok_s": timing.median(rates, "tok/s"), "latency": latency}
+    return {"tokens": n, "tok_s": timing.rate(latency["median"], 1e3 * n, "tok/s"), "latency": latency}
+
+
+def _empty(ctx: Context, cache: Any) -> None:
+    cache.truncate(0)
+    synchronise(ctx)
 
 
 # ---- generation -----------------------------------------------------------------------------------------------------
 
 
 def _latency(ctx: Context, plan: Plan) -> dict[str, Any]:
+    """token_latency, token_latency_streamed and throughput_tok_s."""
     ctx.progress("gaps between tokens")
-    cache = ctx.model.new_cache(WARM_UP_TOKENS + plan.run_tokens)
 
-    def series(times: Any, method: str) -> dict[str, Any]:
-        cache.fill_random(0)
-        times(ctx, cache, plan.run_tokens)  # compiles, allocates and warms up everything that a run needs
-        samples: list[float] = []
-        start = time.perf_counter()
-        while len(samples) < plan.tokens and (not samples or time.perf_counter() - start < plan.limit_s):
-            cache.fill_random(0)
-            samples += times(ctx, cache, plan.run_tokens)
-        enough = len(samples) >= plan.tokens
-        stop = f"{plan.tokens} tokens" if enough else f"time limit of {plan.limit_s} s"
-        return timing.summarise(samples, "ms", run_tokens=plan.run_tokens, method=method, stop=stop)
+    def series(times: Callable[..., list[float]], method: str) -> dict[str, Any]:
+        runs, stop = _runs(ctx, plan, times)
+        method = f"{method}; upper percentiles hold the growth of the context within a run beside the jitter"
+        samples = [ms for run in runs for ms in run]
+        return timing.summarise(samples, "ms", run=plan.run_tokens, run_tokens=plan.run_tokens, method=method, stop=stop)
 
     if ctx.no_gpu:
-        return {"token_latency": series(decode_times, "wall clock")}
+        token = series(decode_times, "wall clock")
+        runs = np.reshape(token["samples"], (-1, plan.run_tokens))
+        return {
+            "token_latency": token,
+            "token_latency_streamed": missing("on NumPy every token is on the host: token_latency is this series", "ms"),
+            "throughput_tok_s": _throughput(plan, list(1e3 / runs.mean(axis=1)), "runs of token_latency, median of runs"),
+        }
+    token = series(decode_times, "CUDA events around each graph launch")
+    streamed = series(_wall_times, "wall clock, the host reads each token")
+    ctx.progress("throughput")
+    rates, _ = _runs(ctx, plan, _rate)
     return {
-        "token_latency": series(decode_times, "CUDA events around each graph launch"),
-        "token_latency_streamed": series(_wall_times, "wall clock, the host reads each token"),
+        "token_latency": token,
+        "token_latency_streamed": streamed,
+        "throughput_tok_s": _throughput(plan, [r for run in rates for r in run], "wall clock of whole runs, median of runs"),
     }
 
 
-def _throughput(ctx: Context, plan: Plan) -> dict[str, Any]:
-    ctx.progress("throughput")
+def _runs(ctx: Context, plan: Plan, measure: Callable[..., list[float]]) -> tuple[list[list[float]], str]:
+    """What `measure(ctx, cache, n)` returns of each run from an empty cache, after one that counts for nothing.
+
+    Also why there are not more of them.
+    """
     cache = ctx.model.new_cache(WARM_UP_TOKENS + plan.run_tokens)
-    rates: list[float] = []
+    measure(ctx, cache, plan.run_tokens)  # compiles, allocates and warms up everything that a run needs
+    runs: list[list[float]] = []
     start = time.perf_counter()
-    while len(rates) * plan.run_tokens < plan.tokens and (not rates or time.perf_counter() - start < plan.limit_s):
-        cache.fill_random(0)
-        token = _warm_up(ctx, cache)
-        synchronise(ctx)
-        begin = time.perf_counter()
-        for _ in range(plan.run_tokens):
-            token = ctx.model.decode_one_token(token, cache)
-        synchronise(ctx)
-        rates.append(plan.run_tokens / (time.perf_counter() - begin))
-    return timing.median(rates, "tok/s", run_tokens=plan.run_tokens, method="wall clock of whole runs, median of runs")
+    while len(runs) * plan.run_tokens < plan.tokens:
+        if len(runs) >= plan.runs and time.perf_counter() - start >= plan.limit_s:
+            return runs, f"time limit of {plan.limit_s} s"
+        cache.truncate(0)
+        runs.append(measure(ctx, cache, plan.run_tokens))
+    return runs, f"{plan.tokens} tokens"
+
+
+def _rate(ctx: Context, cache: Any, n: int) -> list[float]:
+    """Tokens a second of one run, by the wall clock, with one synchronisation at its end."""
+    token = _warm_up(ctx, cache)
+    synchronise(ctx)
+    begin = time.perf_counter()
+    for _ in range(n):
+        token = ctx.model.decode_one_token(token, cache)
+    synchronise(ctx)
+    return [n / (time.perf_counter() - begin)]
+
+
+def _throughput(plan: Plan, rates: list[float], method: str) -> Metric:
+    context = WARM_UP_TOKENS + plan.run_tokens // 2
+    return timing.median(rates, "tok/s", context=context, run_tokens=plan.run_tokens, method=method)

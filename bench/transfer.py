@@ -1,7 +1,8 @@
 """What crosses between host and device: measured rates of pinned memory, and the bytes of a token.
 
 Weights cross once, before the first token. After that a decoded token sends nothing to the device, whose graph reads
-the previous token where the last step left it, and one int32 token id back.
+the previous token where the last step left it. A caller who reads each token gets one int32 token id back, as in the
+series `token_latency_streamed`; in `token_latency` and `throughput_tok_s` nothing crosses at all.
 
 Results of :func:`run`:
 
@@ -45,8 +46,15 @@ def run(ctx: Context) -> dict[str, Any]:
         figures |= {
             "copies": copies,
             "token_id_us": token_id["end_to_end"]["median"],
-            "pcie_h2d_per_token_bytes": measured(0, "bytes", how="computed: the previous token is on the device"),
-            "pcie_d2h_per_token_bytes": measured(TOKEN_ID_BYTES, "bytes", how="computed: one int32 token id"),
+            "pcie_h2d_per_token_bytes": measured(
+                0, "bytes", how="computed, not observed: every series decodes from the token on the device"
+            ),
+            "pcie_d2h_per_token_bytes": measured(
+                TOKEN_ID_BYTES,
+                "bytes",
+                how="computed, not observed: one int32 token id in token_latency_streamed, where the host reads each "
+                "token; 0 in token_latency and throughput_tok_s",
+            ),
         }
     if ctx.config.name == NOTEBOOK:
         figures["original_formula"] = _original_formula(ctx)
@@ -99,5 +107,5 @@ def _copy(size: int, direction: str) -> dict[str, Any]:
     events = timing.device(copy, _RULE)
     with cp.cuda.Stream(non_blocking=True):
         wall = timing.end_to_end(copy_and_wait, _RULE)
-    rate = measured(size / events["median"]["value"] / 1e3, "GB/s", of="the device series")
+    rate = timing.rate(events["median"], size / 1e3, "GB/s", of="the device series")
     return {"bytes": size, "direction": direction, "device": events, "end_to_end": wall, "gb_per_s": rate}

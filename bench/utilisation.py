@@ -26,8 +26,10 @@ Probe = Callable[[], Metric]
 
 INTERVAL_S = 0.05
 CHUNK_SECONDS = 0.01
-DECODE_SPAN = 2048
-"""Tokens that :class:`DecodeLoop` generates before it starts again: the depth is 1,024 on average."""
+CONTEXT = 1024
+"""Depth at which :class:`DecodeLoop` decodes, on average: what a token costs depends on it, so it must not drift."""
+DECODE_SPAN = 128
+"""Tokens that :class:`DecodeLoop` generates before it takes the cache back by as many."""
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
@@ -119,6 +121,15 @@ def conditions(sampler: Sampler, begin: float = 0.0, end: float = float("inf")) 
     return {**clocks, "throttle_reasons": reasons, "throttled": throttled}
 
 
+def under_conditions(ctx: Context, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The figures of `measure`, and under `conditions` what NVML saw of the GPU meanwhile."""
+    if ctx.no_gpu:
+        return {**measure(), "conditions": missing(ctx.no_gpu)}
+    with Sampler(condition_probes(current_nvml_device()), interval_s=0.1) as sampler:
+        figures = measure()
+    return {**figures, "conditions": conditions(sampler)}
+
+
 def gpu_probes(device: NvmlDevice) -> dict[str, Probe]:
     """Everything that NVML tells about a GPU at work."""
     return {
@@ -156,23 +167,21 @@ def host_probes() -> dict[str, Probe]:
 
 
 class DecodeLoop:
-    """Each call enqueues one decoded token; after `span` tokens it starts again from an empty cache."""
+    """Each call enqueues one decoded token, at a context of :data:`CONTEXT` tokens give or take half a span."""
 
     def __init__(self, ctx: Context):
-        self.span = min(DECODE_SPAN, ctx.config.max_context)
-        self._model, self._cache = ctx.model, ctx.model.new_cache(self.span)
+        self._start, self._end = CONTEXT - DECODE_SPAN // 2, CONTEXT + DECODE_SPAN // 2
+        self._model, self._cache = ctx.model, ctx.model.new_cache(self._end)
+        self._cache.fill_random(self._start)
         self._token: Any = 1  # decoding needs some id to start from; its value costs nothing
-        self._length = 0
 
     def __call__(self) -> None:
-        if self._length == self.span:
-            self._cache.fill_random(0)
-            self._length = 0
+        if self._cache.length == self._end:
+            self._cache.truncate(self._start)
         self._token = self._model.decode_one_token(self._token, self._cache)
-        self._length += 1
 
     def __str__(self) -> str:
-        return f"greedy decoding from an empty cache to {self.span} tokens, again and again"
+        return f"greedy decoding at a context of {self._start} to {self._end} tokens, again and again"
 
 
 class Chunks:
@@ -233,11 +242,11 @@ def _repeat(step: Callable[[], Any], seconds: float) -> int:
 # ---- the part -------------------------------------------------------------------------------------------------------
 
 
-def run(ctx: Context, work: Callable[[], Any] | None = None) -> dict[str, Any]:
-    """Sample while `work` (default: decoding the workload's model) is called again and again."""
+def run(ctx: Context) -> dict[str, Any]:
+    """Sample while the workload's model decodes."""
     ctx.progress("utilisation and memory while decoding")
     seconds = 1.0 if ctx.quick else 4.0  # NVML's own utilisation window is up to one second
-    step = work or DecodeLoop(ctx)
+    step = DecodeLoop(ctx)
     if ctx.no_gpu:
         step()
         with Sampler(host_probes()) as sampler:
@@ -253,7 +262,13 @@ def run(ctx: Context, work: Callable[[], Any] | None = None) -> dict[str, Any]:
         figures = _gpu_figures(sampler)
     elapsed = time.perf_counter() - start
     return {
-        "work": {"what": str(step), "calls": calls, "seconds": elapsed, "sampled_every_s": sampler.interval_s},
+        "work": {
+            "what": str(step),
+            "context": CONTEXT,
+            "calls": calls,
+            "seconds": elapsed,
+            "sampled_every_s": sampler.interval_s,
+        },
         **figures,
         "host_ram_used_mb": {**sampler.mean("host_ram_used_mb"), "scope": "resident memory of this process"},
     }
@@ -269,6 +284,8 @@ _GPU_KEYS = (
 def _gpu_figures(sampler: Sampler) -> dict[str, Metric]:
     numeric = [key for key in _GPU_KEYS if key in sampler.readings and key != "throttle_reasons"]
     figures = {**conditions(sampler), **{key: sampler.mean(key) for key in numeric}}
+    for key in ("gpu_utilization_pct", "memory_utilization_pct"):
+        figures[key] = {**figures[key], "context": CONTEXT}
     mine, whole = figures["process_vram_mb"], figures["device_vram_used_mb"]
     figures["vram_used_mb"] = (
         {**mine, "scope": "this process"}

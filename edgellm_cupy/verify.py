@@ -27,12 +27,13 @@ from .tuning.device import DeviceFacts, current_facts
 
 LOGIT_TOLERANCE = {
     ("float32", "float"): 2e-5,
-    ("float32", "int8"): 5e-3,
+    ("float32", "int8"): 4e-2,
     ("float16", "float"): 1e-2,
     ("bfloat16", "float"): 8e-2,
 }
-"""(dtype, activation) -> largest error of a logit over the largest logit, two layers. A rounding that tips a quantised
-activation over a tie moves it by 1 / 127 of the absmax, so int8 is compared in float32, where few lie that close."""
+"""(dtype, activation) -> largest error of a logit over the largest logit, two layers. int8 is compared in float32, and
+more coarsely: somewhere among the activations of a prompt, float32 rounding tips one over a tie, which moves it by
+1 / 127 of the absmax and tips others after it (0.017 at most on an H200). The products themselves are checked exactly."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The compile matrix, every specialisation on every architecture, and the budget that it is held to.
 
-tests/cpu/test_compile.py compares what ptxas reports with tests/cpu/kernel_budget.json. After a change that is worth its
-registers, write the budget anew and commit it, so that the review sees what the change costs:
+tests/cpu/test_compile.py compares what ptxas reports with tests/cpu/kernel_budget.json. After a change that is worth
+its registers, write the budget anew and commit it, so that the review sees what the change costs:
 
     python -m tests.update_kernel_budget
 """

@@ -18,7 +18,7 @@ from edgellm_cupy import cli, runtime, tuning, verify, version
 from edgellm_cupy.bench import report, scaling, suite
 from edgellm_cupy.formats import compact
 from edgellm_cupy.formats.checkpoint import Checkpoint
-from edgellm_cupy.tuning.device import DeviceFacts
+from tests.emulated import H200
 
 TINY = {
     "name": "tiny",

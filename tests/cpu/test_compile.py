@@ -17,7 +17,7 @@ import pytest
 from edgellm_cupy.errors import GpuUnavailableError
 from edgellm_cupy.kernels import KernelSpec, nvrtc
 from edgellm_cupy.tuning import product, specialisations
-from tests.update_kernel_budget import BUDGET_FILE, Report, compilers, compile_all, read_report
+from tests.update_kernel_budget import BUDGET_FILE, Report, compile_all, compilers, read_report
 
 REGISTERS, STATIC_SHARED_BYTES = 65536, 48 * 1024  # of a multiprocessor; of a block: the same on every architecture
 ALWAYS = (75, 90)
@@ -93,7 +93,8 @@ def test_registers_and_shared_memory_stay_within_the_budget(matrix: Matrix, budg
         registers, shared = allowed["registers"][column], allowed["shared"]
         if report.registers > registers * slack or report.shared > shared * slack:
             over.append(
-                f"{spec.name}: {report.registers} registers (budget {registers}), {report.shared} shared bytes ({shared})"
+                f"{spec.name}: {report.registers} registers (budget {registers}), "
+                f"{report.shared} shared bytes ({shared})"
             )
     made_with = f"NVRTC {nvrtc.version()}, the budget is of {budget['nvrtc']}"
     assert not over, _listing(f"over the budget on sm_{arch} ({made_with}); {HOW_TO_UPDATE}", over)

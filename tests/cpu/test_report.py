@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 import edgellm_cupy as ec
-from edgellm_cupy.bench import cpu, hardware, report, scaling, suite, tokens
+from edgellm_cupy.bench import cpu, hardware, report, reproducibility, scaling, suite, timing, tokens
 from edgellm_cupy.bench.context import Context, WrongResultError
-from edgellm_cupy.bench.metrics import is_metric, measured
+from edgellm_cupy.bench.metrics import is_metric, measured, missing
 from edgellm_cupy.bench.reproducibility import infer_clock_locking
 from edgellm_cupy.formats.checkpoint import Checkpoint
 
@@ -138,7 +140,7 @@ def test_ctrl_c_keeps_what_is_finished(monkeypatch):
     result = suite.run(context(), ["hardware", "tokens", "cpu"])
     assert suite.exit_code(result) == 130
     assert result["summary"]["os"]["value"]
-    assert result["summary"]["cpu_peak_pct"]["reason"] == "interrupted before part cpu"
+    assert result["summary"]["cpu_peak_pct"]["reason"] == "interrupted in or before part cpu"
     assert "Interrupted" in report.markdown(result)
 
 
@@ -164,6 +166,109 @@ def test_markdown_says_first_that_no_gpu_was_measured(whole):
 def test_a_value_with_a_bar_or_a_line_break_stays_one_cell(whole):
     changed = {**whole, "summary": {**whole["summary"], "os": measured("a | b\nc")}}
     assert "| os | a \\| b c |" in summary_table(report.markdown(changed))
+
+
+def section(figures: dict, name: str = "kernels") -> str:
+    return "\n".join(report._section(name, figures))
+
+
+def test_lists_of_flat_rows_become_tables():
+    row = {"name": "a", "grid": [7, 1, 1], "share_pct": measured(12.5, "%"), "flags": ["x", "y"], "deep": [{"b": 1}]}
+    text = section({"kernels": [{**row, "share_pct": missing("not in a token")}, row]})
+    assert "| name | grid | share_pct (%) | flags | deep |" in text
+    assert "| a | 7 x 1 x 1 | 12.5 | x, y | 1 in report.json |" in text
+    assert "null: not in a token" in text
+
+
+def test_no_cell_is_a_python_object(whole):
+    text = report.markdown(whole)
+    assert "{'" not in text
+    assert "[{" not in text
+
+
+def test_plain_groups_take_a_line_and_groups_by_name_a_table():
+    group = {"calls": 3, "rate": measured(0.5, "W", ci95=[0.25, 0.75])}
+    text = section({"plan": group, "shares": {"a": group, "b": missing("not asked for", "W")}, "list": [1, 2]})
+    assert "| plan | calls: 3; rate: 0.5 W (interval 0.25 to 0.75) |  |" in text
+    assert "### shares\n\n| name | calls | rate (W) |\n| --- | --- | --- |\n| a | 3 | 0.5 |" in text
+    assert "null: `b` (not asked for)" in text
+
+
+def test_windows_of_power_are_the_rows_of_one_table():
+    window = {"joules": measured(2.0, "J"), "conditions": conditions(True)}
+    text = section({"idle": window, "token": {"gross_j": measured(1.0, "J"), "windows": [window, window]}}, "power")
+    assert "| token | gross_j: 1 J |  |" in text
+    assert "| window | joules (J) | conditions |" in text
+    cells = "2 | sm_clock_mhz: 1500 MHz; throttle_reasons: SwPowerCap; throttled: true |"
+    assert [f"| {place} | {cells}" in text for place in ("idle", "token windows 1", "token windows 2")] == [True] * 3
+
+
+def conditions(throttled: bool) -> dict:
+    reasons = ["SwPowerCap"] if throttled else []
+    return {
+        "sm_clock_mhz": measured(1500, "MHz"),
+        "throttle_reasons": measured(reasons),
+        "throttled": measured(throttled),
+    }
+
+
+def latency_on_a_gpu(throttled: bool) -> dict:
+    """What the latency part returns, as far as the report reads it."""
+
+    def series(us: float) -> dict:
+        return timing.summarise([us] * 10, "us")
+
+    def pair(cold: float, warm: float) -> dict:
+        return {"cold": series(cold), "warm": series(warm)}
+
+    def ratio(cold: float, warm: float) -> dict:
+        return {"cold": measured(cold, "x"), "warm": measured(warm, "x")}
+
+    row = {
+        "op": "rmsnorm_ternary_matmul", "activation": "int8", "correct": True, "kernel": pair(3.0, 2.0),
+        "device": series(20.0), "end_to_end": series(40.0), "ratio_to_floor": ratio(1.5, 1.25),
+        "speedup_over": {"cublas_fp16": ratio(2.5, 2.0), "unfused_ternary_int8": ratio(1.75, 1.5)},
+        "gb_per_s": measured(100.0, "GB/s"), "bandwidth_pct": measured(2.5, "%"), "conditions": conditions(throttled),
+    }  # fmt: skip
+    alone = {**row, "op": "ternary_matmul", "speedup_over": {"cublas_fp16_product": {"cold": missing("no cuBLAS")}}}
+    baselines = {"cublas_fp16": pair(7.5, 7.0), "cublas_fp16_product": {"cold": missing("no cuBLAS")}}
+    product = {"m": 8, "k": 4, "floor": pair(2.0, 1.6), "baselines": baselines, "rows": [row, alone]}
+    return {"bandwidth": measured(4000.0, "GB/s"), "products": {"qkv": product}}
+
+
+@pytest.mark.parametrize("throttled", [False, True])
+def test_products_show_their_ratios_and_what_ran_throttled(whole, throttled):
+    changed = {**whole, "parts": {**whole["parts"], "latency": latency_on_a_gpu(throttled)}}
+    text = report.markdown(changed)
+    mark = " **throttled**" if throttled else ""
+    fused = (
+        f"| qkv | 8 x 4 | rmsnorm_ternary_matmul{mark} | int8 | 3 | 2.5 | 1.75 | 1.5 | 100 | 2.5 | 2 | 1.25 | 20 | 40 |"
+    )
+    alone = f"| qkv | 8 x 4 | ternary_matmul{mark} | int8 | 3 | null |  | 1.5 | 100 | 2.5 | 2 | 1.25 | 20 | 40 |"
+    assert fused in text
+    assert alone in text
+    assert "x vs cuBLAS | x vs unfused | / floor | GB/s cold | % bandwidth cold" in text
+    assert "| qkv | 8 x 4 | 2 | 1.6 | 7.5 | null |" in text
+    assert ("latency (2). They are marked." in text.partition("## ")[0]) == throttled
+    assert ("\n**throttled**: " in text) == throttled
+
+
+def test_statistics_of_the_main_series_only(whole):
+    text = report.markdown(whole)
+    rows = [line for line in text.splitlines() if " fused int8, " in line]
+    assert len(rows) == len(whole["parts"]["latency"]["products"])  # on NumPy each has one series
+    assert "| token latency | ms |" in text
+    assert "| token latency at context 16384 | ms |" in text
+    assert text.count("### Statistics") == 3
+    assert "median |" not in text
+
+
+def test_lists_of_numbers_take_one_line_of_the_json(whole):
+    tricky = {**whole, "command": "a [\n1,\n2]"}
+    text = report._json(tricky)
+    assert json.loads(text) == tricky
+    assert '"samples": [' in text
+    assert '"samples": [\n' not in text
 
 
 def test_markdown_is_made_from_the_json_alone(whole, tmp_path):
@@ -211,6 +316,45 @@ def test_a_damaged_report_is_an_error_of_its_own(whole, tmp_path):
     file.write_text(json.dumps({**whole, "summary": 7}))
     with pytest.raises(report.ReportError, match="not as this program writes it"):
         report.remake(file, tmp_path)
+
+
+# ---- the commit ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch) -> Path:
+    """The folder that the package seems to run from."""
+    monkeypatch.setattr(reproducibility, "__file__", str(tmp_path / "bench" / "reproducibility.py"))
+    monkeypatch.delenv("EDGELLM_COMMIT", raising=False)
+    return tmp_path
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="no git")
+def test_commit_of_a_checkout_that_belongs_to_someone_else(checkout, monkeypatch):
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(checkout / "none"))
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "-q"], [*author, "commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run(["git", "-C", str(checkout), *arguments], check=True)
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own tests use it
+    source = reproducibility._source()
+    assert len(source["git_commit"]["value"]) == 40
+    assert source["git_modified"] == {"value": False}
+    (checkout / "new").touch()
+    assert reproducibility._source()["git_modified"] == {"value": True}
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="no git")
+def test_what_git_complains_about_is_the_reason(checkout):
+    (checkout / ".git").write_text("nonsense")
+    assert "invalid gitfile" in reproducibility._source()["git_commit"]["reason"]
+
+
+def test_commit_of_a_copy_comes_from_the_environment(checkout, monkeypatch):
+    assert reproducibility._source()["git_commit"] == {"value": None, "reason": "not run from a git checkout"}
+    monkeypatch.setenv("EDGELLM_COMMIT", "e621a06")
+    source = reproducibility._source()
+    assert source["git_commit"] == {"value": "e621a06", "source": "EDGELLM_COMMIT"}
+    assert source["git_modified"]["value"] is None
 
 
 # ---- figures of the small parts -------------------------------------------------------------------------------------
