@@ -12,8 +12,7 @@ Results of :func:`run`:
     token_gpu_ms                series: GPU time of a token at a context of :data:`.utilisation.CONTEXT`
     avg_kernel_exec_time_ms     its median over the kernels of a token, the gaps between them included
     launch_share                one row a kernel of a token: its launches and their share
-    kernels                     one row a kernel of a token and launch shape: resources and occupancy. The launches are
-                                those of the kernel in all its shapes
+    kernels                     one row a kernel of a token and launch shape: resources and occupancy
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from typing import Any
 from . import timing
 from .context import Context
 from .metrics import Metric, measured, missing
-from .tokens import WARM_UP_TOKENS, times_at_depth
+from .tokens import times_at_depth
 from .utilisation import CONTEXT
 
 _FIGURES: dict[str, str | None] = {
@@ -115,8 +114,8 @@ def _rows(kernel: Any, by_name: Mapping[str, int]) -> list[dict[str, Any]]:
     return [
         {
             "name": info.name,
-            "launches_per_token": by_name[info.name],
-            "share_pct": _share(by_name[info.name], by_name),
+            "launches_per_token": launches,
+            "share_pct": _share(launches, by_name),
             "grid": " x ".join(map(str, grid)),
             "block": " x ".join(map(str, block)),
             "dynamic_shared_bytes": shared_bytes,
@@ -125,5 +124,5 @@ def _rows(kernel: Any, by_name: Mapping[str, int]) -> list[dict[str, Any]]:
             "local_bytes": info.local_bytes,
             "occupancy_pct": 100 * kernel.occupancy(math.prod(block), shared_bytes),
         }
-        for grid, block, shared_bytes in sorted(kernel.launch_shapes)
+        for (grid, block, shared_bytes), launches in sorted(kernel.launch_shapes.items())
     ]

@@ -2,8 +2,9 @@
 
 For each shape of the workload (`products`, keyed by layer type): the floor, that is a kernel that only reads the same
 bytes; the baselines; and a row for each operation. A row begins with the check against the float64 reference, on a
-poisoned result; an operation that fails it has no speed, and the failure goes to `Context.failures`. The graphs that
-are timed are checked again after their last replay.
+poisoned result, and each of its series is checked in the same way after its last sample. An operation that fails once
+has no speed, and the failure goes to `Context.failures`. So does that of the floor, which has to have read every byte.
+Somebody else's library that fails has no speed either, but is no failure of ours.
 
 Everything is batch 1 in float16. ``device`` and ``end_to_end`` repeat one copy of the weight, so they are warm.
 
@@ -26,19 +27,20 @@ import numpy as np
 import edgellm_cupy as ec
 
 from ..reference import accuracy
+from ..tuning import FLOOR_THREADS, floor_spec
 from . import timing
 from .baselines import BaselineUnavailableError, CuBlas
 from .context import Context
 from .hardware import current_nvml_device
 from .metrics import Metric, is_metric, measured, missing
-from .timing import Rotation, StopRule
+from .timing import COLD_L2_FACTOR, Rotation, StopRule
 from .utilisation import Sampler, condition_probes, conditions
 
+L2 = ("cold", "warm")
 EPS = 1e-5
 ACTIVATIONS = ("int8", "float")
 BANDWIDTH_BYTES = 1 << 30
 FLOOR_BLOCKS_PER_SM = (1, 2, 4, 8)
-FLOOR_THREADS = (256, 512, 1024)
 # Finds the best of the twelve floor configurations, which is then measured with the full rule.
 _SWEEP = StopRule(relative_error=0.01, min_samples=5, min_seconds=0.0, max_seconds=0.03)
 
@@ -136,6 +138,12 @@ def _run_numpy(ctx: Context, no_gpu: str, shapes: Mapping[str, tuple[int, int]])
     return {"bandwidth": missing(no_gpu, "GB/s"), "cublas": nothing, "products": products}
 
 
+_NUMPY_METHOD = (
+    "wall clock of the reference operation, in float64, which unpacks the weight at each call; the NumPy decoder does "
+    "not: it keeps dense float32 matrices"
+)
+
+
 def _numpy_row(ctx: Context, p: Problem, operation: Operation, rule: StopRule, nothing: Metric) -> dict[str, Any]:
     y = np.full(p.W.shape[0], np.nan, p.x.dtype)
 
@@ -143,8 +151,9 @@ def _numpy_row(ctx: Context, p: Problem, operation: Operation, rule: StopRule, n
         operation.call(ec.reference, p.x, p.gamma, p.W, y)
 
     call()
-    wrong = _failed(ctx, p, operation, operation.bound(p).check(y))
-    end_to_end = missing(wrong, "us") if wrong else timing.wall_clock(call, rule).summary(method="wall clock, NumPy")
+    message = operation.bound(p).check(y)
+    wrong = _failed(ctx, p, operation, message) if message else None
+    end_to_end = wrong or timing.wall_clock(call, rule).summary(method=_NUMPY_METHOD)
     return {
         **operation.facts(),
         "correct": not wrong,
@@ -153,6 +162,7 @@ def _numpy_row(ctx: Context, p: Problem, operation: Operation, rule: StopRule, n
         "device": nothing,
         "end_to_end": end_to_end,
         "ratio_to_floor": {"cold": nothing, "warm": nothing},
+        "speedup_over": nothing,
         "gb_per_s": nothing,
         "bandwidth_pct": nothing,
         "conditions": nothing,
@@ -165,7 +175,7 @@ def _numpy_row(ctx: Context, p: Problem, operation: Operation, rule: StopRule, n
 def _run_cuda(ctx: Context, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
     rule = timing.QUICK if ctx.quick else StopRule()
     ctx.progress("memory bandwidth")
-    bandwidth = measure_bandwidth()
+    bandwidth = measure_bandwidth(ctx, rule)
     try:
         cublas: CuBlas | BaselineUnavailableError = CuBlas()
     except BaselineUnavailableError as e:
@@ -208,7 +218,8 @@ class _Product:
     def measure(self) -> dict[str, Any]:
         m, k = self._p.W.shape
         self._ctx.progress(f"latency of {self._p.layer} {m} x {k}: floor")
-        floor = {l2: measure_floor([w.packed for w in copies], l2, self._rule) for l2, copies in self._by_l2().items()}
+        packed = [w.packed for w in self._copies]
+        floor = {l2: measure_floor(self._ctx, packed, l2, self._rule) for l2 in L2}
         self._ctx.progress(f"latency of {self._p.layer} {m} x {k}: baselines")
         baselines = self._baselines()
         rows = []
@@ -217,26 +228,26 @@ class _Product:
             rows.append(self._row(operation, floor, baselines))
         return {**_sizes(self._p), "floor": floor, "baselines": baselines, "rows": rows}
 
-    def _by_l2(self) -> dict[str, list[ec.TernaryWeight]]:
-        return {"cold": self._copies, "warm": self._copies[:1]}
-
     def _row(self, operation: Operation, floor: dict[str, Series], baselines: dict[str, Any]) -> dict[str, Any]:
         begin = time.perf_counter()
         bound, moved = operation.bound(self._p), operation.bytes(self._p)
-        kernel = self._kernel(operation, bound)
-        # The graphs ran and were right: the same operation called one by one is what remains to be timed.
-        wrong = next((s["reason"] for s in kernel.values() if is_metric(s)), None)
         call = self._call(operation, self._copies[0])
-        cold = kernel["cold"]
-        rate = missing(wrong, "GB/s") if wrong else measured(moved / cold["median"]["value"] / 1e3, "GB/s", l2="cold")
-        peak = self._bandwidth["value"]
+        kernel = self._kernel(operation, bound)
+        series: dict[str, Series] = {}
+        for name, measure in (("device", self._device), ("end_to_end", self._end_to_end)):
+            series[name] = _first_null(kernel) or self._ours(operation, measure(call, bound))
+        wrong = _first_null({**kernel, **series})
+        if wrong:
+            kernel, series = dict.fromkeys(kernel, wrong), dict.fromkeys(series, wrong)
+            rate = missing(wrong["reason"], "GB/s")
+        else:
+            rate = timing.rate(kernel["cold"]["median"], moved / 1e3, "GB/s", l2="cold")
         return {
             **operation.facts(),
             "correct": not wrong,
             "bytes": measured(moved, "bytes"),
             "kernel": kernel,
-            "device": missing(wrong, "us") if wrong else timing.device(call, self._rule),
-            "end_to_end": missing(wrong, "us") if wrong else self._end_to_end(call),
+            **series,
             "ratio_to_floor": {l2: ratio(kernel[l2], floor[l2]) for l2 in kernel},
             "speedup_over": {
                 name: {l2: ratio(baseline[l2], kernel[l2]) for l2 in kernel}
@@ -244,41 +255,49 @@ class _Product:
                 if _comparable(name, operation)
             },
             "gb_per_s": rate,
-            "bandwidth_pct": missing(wrong, "%") if wrong else measured(100 * rate["value"] / peak, "%", l2="cold"),
+            "bandwidth_pct": _percentage(rate, self._bandwidth),
             "conditions": conditions(self._sampler, begin, time.perf_counter()),
         }
 
     def _call(self, operation: Operation, weight: ec.TernaryWeight) -> Callable[[], None]:
         return lambda: operation.call(ec, self._x, self._gamma, weight, self._y)
 
+    def _ours(self, operation: Operation, series: Series) -> Series:
+        """`series`; when it is null because the result was wrong, that is a failure of the run."""
+        return _failed(self._ctx, self._p, operation, series["reason"]) if is_metric(series) else series
+
     def _kernel(self, operation: Operation, bound: accuracy.Bound) -> dict[str, Series]:
-        """The cold and the warm series; both null when the operation is wrong."""
-        what = f"{operation.name}, {operation.activation}, {operation.strategy}"
-        return {
-            l2: self._checked(what, Rotation([self._call(operation, w) for w in copies], self._p.W.nbytes, l2), bound)
-            for l2, copies in self._by_l2().items()
-        }
+        """The cold and the warm series of an operation of ours."""
+        calls = [self._call(operation, w) for w in self._copies]
+        rotations = [Rotation(calls, self._p.W.packed.nbytes, l2) for l2 in L2]
+        return {r.l2: self._ours(operation, self._checked(r, bound)) for r in rotations}
 
-    def _checked(self, what: str, rotation: Rotation, bound: accuracy.Bound) -> Series:
-        """The `kernel` series of a rotation that writes self._y, which has to be right before and after it."""
-        if wrong := self._wrong(what, rotation.calls[0], bound):
+    def _checked(self, rotation: Rotation, bound: accuracy.Bound) -> Series:
+        """The `kernel` series of a rotation that writes self._y, or null when that is wrong before or after."""
+        self._poison()
+        rotation.calls[0]()
+        if wrong := bound.check(self._y.get()):
             return missing(wrong, "us")
-        series = timing.kernel(rotation, self._rule, prepare=lambda: self._y.fill(np.nan))
-        wrong = _failed(self._ctx, self._p, f"{what}, {rotation.l2} graph", bound.check(self._y.get()))
-        return missing(wrong, "us") if wrong else series
+        series = timing.kernel(rotation, self._rule, prepare=self._poison)
+        wrong = bound.check(self._y.get())
+        return missing(f"{rotation.l2} graph: {wrong}", "us") if wrong else series
 
-    def _wrong(self, what: str, call: Callable[[], None], bound: accuracy.Bound) -> str | None:
+    def _poison(self) -> None:
         self._y.fill(np.nan)
-        call()
-        return _failed(self._ctx, self._p, what, bound.check(self._y.get()))
 
-    def _end_to_end(self, call: Callable[[], None]) -> Series:
+    def _device(self, call: Callable[[], None], bound: accuracy.Bound) -> Series:
+        self._poison()
+        series = timing.device(call, self._rule)
+        wrong = bound.check(self._y.get())
+        return missing(f"called one by one: {wrong}", "us") if wrong else series
+
+    def _end_to_end(self, call: Callable[[], None], bound: accuracy.Bound) -> Series:
         import cupyx
 
         cp = self._cp
         x = cupyx.empty_pinned(self._p.x.shape, self._p.x.dtype)
         y = cupyx.empty_pinned(self._y.shape, self._y.dtype)
-        x[:] = self._p.x
+        x[:], y[:] = self._p.x, np.nan
         copy, runtime = cp.cuda.runtime.memcpyAsync, cp.cuda.runtime
         stream = cp.cuda.Stream(non_blocking=True)
 
@@ -288,16 +307,18 @@ class _Product:
             copy(y.ctypes.data, self._y.data.ptr, y.nbytes, runtime.memcpyDeviceToHost, stream.ptr)
             stream.synchronize()
 
+        self._poison()
+        cp.cuda.Device().synchronize()  # the new stream does not wait for the one that poisons
         with stream:
-            return timing.end_to_end(round_trip, self._rule)
+            series = timing.end_to_end(round_trip, self._rule)
+        wrong = bound.check(y)
+        return missing(f"pinned host array: {wrong}", "us") if wrong else series
 
     def _baselines(self) -> dict[str, dict[str, Series]]:
-        """Name -> {cold, warm}; every one checked like our own operations."""
+        """Name -> {cold, warm}; all are checked."""
         unfused = {
-            f"unfused_ternary_{a}": self._kernel(
-                (operation := Operation("rmsnorm_ternary_matmul", a, "separate")), operation.bound(self._p)
-            )
-            for a in ACTIVATIONS
+            f"unfused_ternary_{operation.activation}": self._kernel(operation, operation.bound(self._p))
+            for operation in (Operation("rmsnorm_ternary_matmul", a, "separate") for a in ACTIVATIONS)
         }
         if isinstance(self._cublas, BaselineUnavailableError):
             return {**dict.fromkeys(("cublas_fp16", "cublas_fp16_product"), _no_series(str(self._cublas))), **unfused}
@@ -322,12 +343,9 @@ class _Product:
             return call
 
         bound = Operation("rmsnorm_ternary_matmul" if fused else "ternary_matmul", "float").bound(self._p)
-        what = "cuBLAS float16" + (" after rmsnorm" if fused else "")
+        calls = [call_on(w) for w in copies]
         try:
-            return {
-                l2: self._checked(what, Rotation([call_on(w) for w in some], dense.nbytes, l2), bound)
-                for l2, some in (("cold", copies), ("warm", copies[:1]))
-            }
+            return {l2: self._checked(Rotation(calls, dense.nbytes, l2), bound) for l2 in L2}
         except BaselineUnavailableError as e:
             return _no_series(str(e))
 
@@ -350,15 +368,23 @@ def _sizes(p: Problem) -> dict[str, Any]:
     return {"m": p.W.shape[0], "k": p.W.shape[1], "weight_bytes": measured(p.W.nbytes, "bytes")}
 
 
-def _failed(ctx: Context, p: Problem, what: Operation | str, message: str | None) -> str | None:
-    """Record a wrong result; returns the reason why there is no speed, None when the result was right."""
-    if message is None:
-        return None
-    name = what if isinstance(what, str) else f"{what.name}, {what.activation}"
-    line = f"{p.layer}: {name}: {message}"
+def _first_null(series: Mapping[str, Series]) -> Metric | None:
+    return next((s for s in series.values() if is_metric(s)), None)
+
+
+def _failed(ctx: Context, p: Problem, operation: Operation, message: str) -> Metric:
+    """Record a wrong result; returns the null figure that stands in the place of its speed."""
+    line = f"{p.layer}: {operation.name}, {operation.activation}, {operation.strategy}: {message}"
     if line not in ctx.failures:  # the cold and the warm series of one operation fail alike
         ctx.failures.append(line)
-    return f"wrong result: {message}"
+    return missing(f"wrong result: {message}", "us")
+
+
+def _percentage(rate: Metric, of: Metric) -> Metric:
+    for figure in (rate, of):
+        if figure["value"] is None:
+            return missing(figure["reason"], "%")
+    return measured(100 * rate["value"] / of["value"], "%", l2="cold")
 
 
 def ratio(above: Series, below: Series) -> Metric:
@@ -373,28 +399,32 @@ def ratio(above: Series, below: Series) -> Metric:
 
 
 def cold_weights(W: ec.TernaryWeight) -> list[ec.TernaryWeight]:
-    """Device copies of a host weight that together exceed the L2 as :func:`timing.cold_copies` asks, at least one."""
-    return [W.to_device() for _ in range(timing.cold_copies(W.nbytes, timing.l2_bytes()))]
+    """Device copies of a host weight whose codes together exceed the L2 as :func:`timing.cold_copies` asks."""
+    return [W.to_device() for _ in range(timing.cold_copies(W.packed.nbytes, timing.l2_bytes()))]
 
 
-def measure_floor(data: Sequence[Any], l2: str, rule: StopRule) -> Series:
+def measure_floor(ctx: Context, data: Sequence[Any], l2: str, rule: StopRule) -> Series:
     """The `kernel` series of reading each array of `data` once: the best of all launch configurations.
 
-    data: CuPy arrays of the same size, each a multiple of 16 bytes.
+    That configuration is run once with the variant of the kernel that hands out the exclusive or of all words. If it
+    is wrong, the series is null and the run has failed.
+
+    data: CuPy arrays of the same content, a multiple of 16 bytes.
     """
     import cupy as cp
 
-    from ..kernels import KernelSpec, load
+    from ..kernels import load
 
     sms = cp.cuda.Device().attributes["MultiProcessorCount"]
     sink = cp.zeros(1, dtype=cp.uint32)
     words = np.int64(data[0].nbytes // 16)
 
-    def rotation(blocks: int, threads: int) -> Rotation:
-        kernel = load(KernelSpec("read_floor.cu", (("THREADS", str(threads)),)))
+    def read(a: Any, blocks: int, threads: int, check: bool = False) -> None:
+        load(floor_spec(threads, check))((blocks, 1, 1), (threads, 1, 1), (a, words, sink))
 
+    def rotation(blocks: int, threads: int) -> Rotation:
         def call_on(a: Any) -> Callable[[], None]:
-            return lambda: kernel((blocks, 1, 1), (threads, 1, 1), (a, words, sink))
+            return lambda: read(a, blocks, threads)
 
         return Rotation([call_on(a) for a in data], data[0].nbytes, l2)
 
@@ -402,19 +432,29 @@ def measure_floor(data: Sequence[Any], l2: str, rule: StopRule) -> Series:
         return float(timing.kernel(rotation(*configuration), _SWEEP)["median"]["value"])
 
     blocks, threads = min(((sms * b, t) for b in FLOOR_BLOCKS_PER_SM for t in FLOOR_THREADS), key=median_us)
+    sink.fill(0)
+    read(data[0], blocks, threads, check=True)
+    found, expected = int(sink.get()[0]), int(np.bitwise_xor.reduce(data[0].get().reshape(-1).view(np.uint32)))
+    if found != expected:
+        wrong = f"floor of {data[0].nbytes} bytes: the words' exclusive or is {found:#x}, expected {expected:#x}"
+        ctx.failures.append(wrong)
+        return missing(f"wrong result: {wrong}", "us")
     return {**timing.kernel(rotation(blocks, threads), rule), "blocks": blocks, "threads": threads}
 
 
-def measure_bandwidth() -> Metric:
+def measure_bandwidth(ctx: Context, rule: StopRule) -> Metric:
     """GB/s of reading device memory: the floor kernel on :data:`BANDWIDTH_BYTES`, or on a quarter of what is free."""
     import cupy as cp
 
     free, _ = cp.cuda.runtime.memGetInfo()
-    block = np.random.default_rng(0).integers(0, 256, 1 << 26, dtype=np.uint8)  # random, but cheap to make: 64 MiB
-    repeats = max(1, min(BANDWIDTH_BYTES, free // 4) // block.nbytes)
-    data = cp.tile(cp.asarray(block), repeats)
-    floor = measure_floor([data], "cold", _SWEEP)
-    median = floor["median"]
-    gb_per_s = [data.nbytes / us / 1e3 for us in (median["value"], *reversed(median["ci95"] or ()))]
-    return measured(gb_per_s[0], "GB/s", ci95=gb_per_s[1:] or None, n=floor["n"], bytes=data.nbytes,
-                    blocks=floor["blocks"], threads=floor["threads"], method="16-byte loads, CUDA graph")  # fmt: skip
+    size, l2 = min(BANDWIDTH_BYTES, free // 4) // 16 * 16, timing.l2_bytes()
+    if size <= COLD_L2_FACTOR * l2:
+        return missing(
+            f"a quarter of the free memory is {size} bytes, not {COLD_L2_FACTOR} times the L2 of {l2}", "GB/s"
+        )
+    data = cp.asarray(np.random.default_rng(0).integers(0, 2**64, size // 8, dtype=np.uint64))
+    floor = measure_floor(ctx, [data], "cold", rule)
+    if is_metric(floor):
+        return missing(floor["reason"], "GB/s")
+    return timing.rate(floor["median"], size / 1e3, "GB/s", bytes=size, blocks=floor["blocks"],
+                       threads=floor["threads"], method="16-byte loads, CUDA graph")  # fmt: skip

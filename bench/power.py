@@ -201,7 +201,9 @@ class Meter:
             **figures,
             "mean_power_w": _divided(joules, elapsed, "W"),
             "integral_j": integral,
-            **(_agreement(joules, integral) if counts else _disagreement_unknown("there is no counter to compare with")),
+            **(
+                _agreement(joules, integral) if counts else _disagreement_unknown("there is no counter to compare with")
+            ),
             "conditions": conditions(sampler, begin.at, end.at),
         }
 
@@ -261,7 +263,8 @@ def _disagreement_unknown(reason: str) -> dict[str, Metric]:
 def per_call(windows: Sequence[dict[str, Any]], idle: dict[str, Any], **detail: Any) -> dict[str, Metric]:
     """Joules of one call: median over the windows, as drawn (`gross_j`) and above idle (`net_j`), with `detail`.
 
-    Their `suspect` is true when any window is, and null when none is but one cannot tell. A window without an energy is left out; with none left the figures are null with the first one's reason.
+    Their `suspect` is true when any window is, and null when none is but one cannot tell. A window without an energy
+    is left out; with none left the figures are null with the first one's reason.
     """
     usable = [w for w in windows if w["joules"]["value"] is not None]
     if not usable:

@@ -321,7 +321,9 @@ def _latency(figures: dict[str, Any]) -> list[str]:
     if _count_throttled(figures["products"]):
         lines += ["", "**throttled**: the GPU held its clocks down meanwhile, see `conditions` in report.json."]
     lines += _null_reasons(_reasons(figures["products"]))
-    return [*lines, "", "### What they are compared with", "", *_rows(yardsticks)]
+    if any(_is_series(value) for row in yardsticks for value in row.values()):  # none on NumPy
+        lines += ["", "### What they are compared with", "", *_rows(yardsticks)]
+    return lines
 
 
 def _product_row(row: dict[str, Any]) -> list[str]:

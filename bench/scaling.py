@@ -21,7 +21,7 @@ import numpy as np
 
 from . import timing
 from .context import Context
-from .metrics import measured
+from .metrics import measured, missing
 from .tokens import times_at_depth
 from .utilisation import under_conditions
 
@@ -114,18 +114,29 @@ def _measure(ctx: Context) -> dict[str, Any]:
     cache = ctx.model.new_cache(cache_length(ctx))
     _row(ctx, cache, DEPTHS[0], tokens)  # clocks rise, memory is touched for the first time
     rows = [_row(ctx, cache, depth, tokens) for depth in DEPTHS]
-    line = fit_line(DEPTHS, [row["latency"]["median"]["value"] for row in rows])
     tok_s = {row["context"]: row["tok_s"] for row in rows}
-    slope = measured(line.pct_per_1k, "%", n=len(rows), ci95=list(line.pct_per_1k_ci95), definition=SLOPE_DEFINITION)
     return {
         "rows": rows,
+        **{f"throughput_{name}_ctx_tok_s": tok_s[depth] for name, depth in REPORTED.items()},
+        **_fit_figures(rows),
+    }
+
+
+def _fit_figures(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The line and its slope; null where times as noisy as these make none."""
+    try:
+        line = fit_line(DEPTHS, [row["latency"]["median"]["value"] for row in rows])
+    except ValueError as e:
+        return {"fit": missing(str(e)), "throughput_degradation_slope_pct_per_1k": missing(str(e), "%")}
+    return {
         "fit": {
             "ms_at_1k": measured(line.ms_at_1k, "ms"),
             "ms_per_1k": measured(line.ms_per_1k, "ms", ci95=list(line.ms_per_1k_ci95)),
             "degrees_of_freedom": line.degrees_of_freedom,
         },
-        **{f"throughput_{name}_ctx_tok_s": tok_s[depth] for name, depth in REPORTED.items()},
-        "throughput_degradation_slope_pct_per_1k": slope,
+        "throughput_degradation_slope_pct_per_1k": measured(
+            line.pct_per_1k, "%", n=len(rows), ci95=list(line.pct_per_1k_ci95), definition=SLOPE_DEFINITION
+        ),
     }
 
 

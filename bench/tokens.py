@@ -209,15 +209,21 @@ def _latency(ctx: Context, plan: Plan) -> dict[str, Any]:
         runs, stop = _runs(ctx, plan, times)
         method = f"{method}; upper percentiles hold the growth of the context within a run beside the jitter"
         samples = [ms for run in runs for ms in run]
-        return timing.summarise(samples, "ms", run=plan.run_tokens, run_tokens=plan.run_tokens, method=method, stop=stop)
+        return timing.summarise(
+            samples, "ms", run=plan.run_tokens, run_tokens=plan.run_tokens, method=method, stop=stop
+        )
 
     if ctx.no_gpu:
         token = series(decode_times, "wall clock")
         runs = np.reshape(token["samples"], (-1, plan.run_tokens))
         return {
             "token_latency": token,
-            "token_latency_streamed": missing("on NumPy every token is on the host: token_latency is this series", "ms"),
-            "throughput_tok_s": _throughput(plan, list(1e3 / runs.mean(axis=1)), "runs of token_latency, median of runs"),
+            "token_latency_streamed": missing(
+                "on NumPy every token is on the host: token_latency is this series", "ms"
+            ),
+            "throughput_tok_s": _throughput(
+                plan, list(1e3 / runs.mean(axis=1)), "runs of token_latency, median of runs"
+            ),
         }
     token = series(decode_times, "CUDA events around each graph launch")
     streamed = series(_wall_times, "wall clock, the host reads each token")
@@ -226,7 +232,9 @@ def _latency(ctx: Context, plan: Plan) -> dict[str, Any]:
     return {
         "token_latency": token,
         "token_latency_streamed": streamed,
-        "throughput_tok_s": _throughput(plan, [r for run in rates for r in run], "wall clock of whole runs, median of runs"),
+        "throughput_tok_s": _throughput(
+            plan, [r for run in rates for r in run], "wall clock of whole runs, median of runs"
+        ),
     }
 
 

@@ -33,7 +33,8 @@ LOGIT_TOLERANCE = {
 }
 """(dtype, activation) -> largest error of a logit over the largest logit, two layers. int8 is compared in float32, and
 more coarsely: somewhere among the activations of a prompt, float32 rounding tips one over a tie, which moves it by
-1 / 127 of the absmax and tips others after it (0.017 at most on an H200). The products themselves are checked exactly."""
+1 / 127 of the absmax and tips others after it (0.017 at most on an H200). The products themselves are checked
+exactly."""
 
 
 @dataclass(frozen=True)

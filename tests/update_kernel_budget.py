@@ -77,8 +77,7 @@ def _compile(arch: int, spec: KernelSpec) -> Report:
 
 def _key(spec: KernelSpec, arch: int) -> str:
     """A hash of everything that determines the report."""
-    reader = (read_report.__doc__, _STACK.pattern, _REGISTERS.pattern, _SHARED.pattern)
-    text = "\0".join(map(str, (spec.source(), spec.defines(), nvrtc.options(arch), nvrtc.version(), reader)))
+    text = "\0".join(map(str, (spec.source(), spec.defines(), nvrtc.options(arch), nvrtc.version(), Report._fields)))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

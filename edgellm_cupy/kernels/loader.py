@@ -37,7 +37,7 @@ class Kernel:
         self._raw = cp.RawModule(path=str(cubin_file(spec, int(device.compute_capability)))).get_function(spec.name)
         self._attributes = self._raw.attributes  # CuPy loads lazily: now, not at a first launch inside a capture
         self._shared_limit = _STATIC_LIMIT
-        self.launch_shapes: set[tuple[tuple[int, ...], tuple[int, ...], int]] = set()
+        self.launch_shapes: Counter[tuple[tuple[int, ...], tuple[int, ...], int]] = Counter()
 
     def __call__(
         self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], shared_bytes: int = 0
@@ -46,7 +46,7 @@ class Kernel:
             self._raw.max_dynamic_shared_size_bytes = shared_bytes
             self._shared_limit = shared_bytes
         self._raw(grid, block, args, shared_mem=shared_bytes)
-        self.launch_shapes.add((grid, block, shared_bytes))
+        self.launch_shapes[grid, block, shared_bytes] += 1
         if _counters:
             for counter in _counters:
                 counter.by_name[self.spec.name] += 1

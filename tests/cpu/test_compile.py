@@ -21,8 +21,9 @@ from tests.update_kernel_budget import BUDGET_FILE, Report, compile_all, compile
 
 REGISTERS, STATIC_SHARED_BYTES = 65536, 48 * 1024  # of a multiprocessor; of a block: the same on every architecture
 ALWAYS = (75, 90)
-# Another NVRTC allocates registers differently; what it may not do is hide a change of the kernels.
-OTHER_NVRTC = 1.25
+# Another NVRTC than the budget's allocates registers differently. 12.9 against 13.5: up to 16 more in a small kernel, 8 %
+# in a large one, and up to 80 bytes of local memory in five. A kernel that doubled is seen all the same.
+OTHER_FACTOR, OTHER_REGISTERS, OTHER_LOCAL_BYTES = 1.25, 16, 128
 HOW_TO_UPDATE = "if the change is worth it, run `python -m tests.update_kernel_budget` and commit the new budget"
 
 Matrix = tuple[int, dict[KernelSpec, Report]]
@@ -59,9 +60,10 @@ def budget() -> dict[str, Any]:
     return json.loads(BUDGET_FILE.read_text())
 
 
-def test_nothing_spills(matrix: Matrix) -> None:
+def test_nothing_spills(matrix: Matrix, budget: dict[str, Any]) -> None:
     arch, reports = matrix
-    spilling = [f"{s.name}: {r}" for s, r in reports.items() if r.stack or r.spill_stores or r.spill_loads]
+    most = 0 if _is_of_this_nvrtc(budget) else OTHER_LOCAL_BYTES
+    spilling = [f"{s.name}: {r}" for s, r in reports.items() if max(r.stack, r.spill_stores, r.spill_loads) > most]
     assert not spilling, _listing(f"kernels use local memory on sm_{arch}", spilling)
 
 
@@ -84,14 +86,14 @@ def test_every_block_can_be_launched(matrix: Matrix) -> None:
 def test_registers_and_shared_memory_stay_within_the_budget(matrix: Matrix, budget: dict[str, Any]) -> None:
     arch, reports = matrix
     column = budget["architectures"].index(arch)
-    slack = 1.0 if nvrtc.version() == budget["nvrtc"] else OTHER_NVRTC
     over = []
     for spec, report in reports.items():
         allowed = budget["kernels"].get(spec.name)
         if allowed is None:
             continue  # the next test names it
         registers, shared = allowed["registers"][column], allowed["shared"]
-        if report.registers > registers * slack or report.shared > shared * slack:
+        most = registers if _is_of_this_nvrtc(budget) else max(registers * OTHER_FACTOR, registers + OTHER_REGISTERS)
+        if report.registers > most or report.shared > shared:
             over.append(
                 f"{spec.name}: {report.registers} registers (budget {registers}), "
                 f"{report.shared} shared bytes ({shared})"
@@ -119,6 +121,10 @@ ptxas info    : Used 30 registers, used 1 barriers, 64 bytes smem, 400 bytes cme
 """
     assert read_report(log) == Report(registers=30, shared=64, stack=16, spill_stores=4, spill_loads=8)
     assert read_report(re.sub(", 64 bytes smem", "", log)).shared == 0
+
+
+def _is_of_this_nvrtc(budget: dict[str, Any]) -> bool:
+    return nvrtc.version() == budget["nvrtc"]
 
 
 def _listing(what: str, lines: list[str]) -> str:

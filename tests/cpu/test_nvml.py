@@ -270,6 +270,21 @@ def test_without_a_counter_the_power_is_integrated() -> None:
     window = power.Meter(device(refuse={"TotalEnergyConsumption"}, watts=300.0)).window(Steps(), 0.3)
     assert window["joules"]["value"] == pytest.approx(300 * window["seconds"], rel=0.01)
     assert "no energy counter" in window["joules"]["source"]
+    nothing = missing("there is no counter to compare with")
+    assert window["counter_minus_integral_pct"] == window["suspect"] == nothing
+    assert power.per_call([window], window)["gross_j"]["suspect"] is None
+
+
+@pytest.mark.parametrize(
+    ("windows", "suspect"), [([False, True, None], True), ([False, None], None), ([False, False], False)]
+)
+def test_an_unknown_agreement_is_not_a_good_one(windows: list[bool | None], suspect: bool | None) -> None:
+    one = {"joules": measured(10.0, "J", source="counter"), "calls": 2, "seconds": 1.0}
+    idle = {"mean_power_w": measured(1.0, "W")}
+    figures = power.per_call([{**one, "suspect": {"value": s}} for s in windows], idle, context=1024)
+    for figure in figures.values():
+        assert figure["suspect"] is suspect
+        assert figure["context"] == 1024
 
 
 def test_without_the_instant_field_the_sensor_is_named() -> None:

@@ -1,4 +1,5 @@
-"""The line through token times: known answers, and intervals that hold what they promise."""
+"""The line through token times: known answers, and intervals that hold what they promise. And no token time without a
+check of the decoder that made it."""
 
 from __future__ import annotations
 
@@ -6,8 +7,9 @@ import numpy as np
 import pytest
 
 import edgellm_cupy as ec
-from edgellm_cupy.bench import scaling
-from edgellm_cupy.bench.context import Context
+from edgellm_cupy.bench import scaling, suite, tokens
+from edgellm_cupy.bench.context import Context, WrongResultError
+from edgellm_cupy.bench.metrics import measured
 from edgellm_cupy.formats.checkpoint import Checkpoint
 
 DEPTHS = np.array(scaling.DEPTHS)
@@ -65,7 +67,11 @@ def test_refuses_times_that_make_no_line():
         scaling.fit_line([1024, 2048, 3072], [-1, 0, 1])
 
 
-def test_run_reports_every_context_and_marks_those_beyond_the_model():
+def test_run_reports_every_context_and_marks_those_beyond_the_model(monkeypatch):
+    def steady(ctx, cache, depth, n):
+        return [2 + depth / 1e4 + 0.01 * (depth == 4096)] * n
+
+    monkeypatch.setattr(scaling, "times_at_depth", steady)
     config = ec.ModelConfig("tiny", 2, 64, 128, 4, 2, 16, 256, max_context=4096)
     figures = scaling.run(Context(Checkpoint.random(config), "not asked for", quick=True))
     rows = {row["context"]: row for row in figures["rows"]}
@@ -80,3 +86,106 @@ def test_run_reports_every_context_and_marks_those_beyond_the_model():
     slope = figures["throughput_degradation_slope_pct_per_1k"]
     assert slope["ci95"][0] < slope["value"] < slope["ci95"][1]
     assert "least squares" in slope["definition"]
+    assert figures["conditions"] == {"value": None, "reason": "not asked for"}
+
+
+def test_times_that_make_no_line_cost_the_slope_and_nothing_else():
+    falling = [{"latency": {"median": measured(ms)}} for ms in (9.0, 1.0, 9.0, 9.0, 9.0, 99.0)]
+    figures = scaling._fit_figures(falling)
+    for figure in (figures["fit"], figures["throughput_degradation_slope_pct_per_1k"]):
+        assert figure["value"] is None
+        assert "do not grow like a line" in figure["reason"]
+
+
+# ---- the decoder is checked before it is timed ----------------------------------------------------------------------
+
+
+class Array(np.ndarray):
+    """Stands in for a CuPy array."""
+
+    def get(self):
+        return np.array(self)
+
+
+class Device(ec.reference.TernaryTransformer):
+    """Stands in for the decoder on the GPU. `mistake(projected, cache)` may spoil what the attention sees."""
+
+    @staticmethod
+    def mistake(projected, cache):
+        return projected
+
+    @staticmethod
+    def choose(logits):
+        return logits.argmax(axis=-1)
+
+    def _forward(self, ids, cache):
+        logits = super()._forward(ids, cache)
+        cache.logits, cache.token = logits.view(Array), self.choose(logits).view(Array)
+        return logits
+
+    def _attention(self, projected, cache, layer, positions):
+        return super()._attention(self.mistake(projected, cache), cache, layer, positions)
+
+
+@pytest.fixture
+def on_the_device(monkeypatch):
+    monkeypatch.setattr(scaling, "DEPTHS", (1024, 2048))
+    monkeypatch.setattr(
+        suite,
+        "DECODER_CHECKS",
+        tuple(c._replace(depths=tuple(min(d, 2048) for d in c.depths)) for c in suite.DECODER_CHECKS),
+    )
+    config = ec.ModelConfig("tiny", 2, 64, 128, 4, 2, 16, 256)
+    ctx = Context(Checkpoint.random(config), None, quick=True)
+    ctx.model = Device(ctx.checkpoint)
+    return ctx
+
+
+def test_a_right_decoder_passes_at_every_depth(on_the_device):
+    steps = []
+    on_the_device.progress = steps.append
+    figure = suite.check_decoder(on_the_device)
+    assert figure["value"] == 0
+    assert [step.rpartition("checking the decoder against the reference: ")[2] for step in steps] == [
+        "int8 activations, context 0",
+        "float activations, context 0",
+        "float activations, context 1024",
+        "float activations, context 2048",
+    ]
+
+
+def test_attention_that_is_only_wrong_at_depth_is_found(on_the_device, monkeypatch):
+    def loses_a_split(projected, cache):
+        if cache.length > 2000:
+            cache.values[..., :64, :] = 0
+        return projected
+
+    monkeypatch.setattr(Device, "mistake", staticmethod(loses_a_split))
+    with pytest.raises(WrongResultError, match="float activations, token at position 2048: logits differ by"):
+        suite.check_decoder(on_the_device)
+
+
+def test_a_token_that_is_not_the_largest_logit_is_found(on_the_device, monkeypatch):
+    monkeypatch.setattr(Device, "choose", staticmethod(lambda logits: logits.argmin(axis=-1)))
+    with pytest.raises(WrongResultError, match="the next token is"):
+        suite.check_decoder(on_the_device)
+
+
+def test_logits_that_are_not_finite_are_found(on_the_device, monkeypatch):
+    monkeypatch.setattr(Device, "mistake", staticmethod(lambda projected, cache: projected * np.nan))
+    with pytest.raises(WrongResultError, match="logits differ by nan"), np.errstate(invalid="ignore"):
+        suite.check_decoder(on_the_device)
+
+
+@pytest.mark.parametrize("error", [WrongResultError("off by one"), RuntimeError("out of memory")])
+def test_no_speed_of_a_decoder_whose_check_failed(on_the_device, monkeypatch, error):
+    def check(ctx):
+        raise error
+
+    monkeypatch.setattr(suite, "check_decoder", check)
+    monkeypatch.setattr(tokens, "run", lambda ctx: pytest.fail("an unchecked decoder was timed"))
+    result = suite.run(on_the_device, ["tokens"])
+    assert result["parts"] == {}
+    assert "not measured: " in result["summary"]["throughput_tok_s"]["reason"]
+    assert str(error) in result["errors"]["decoder_check"]["reason"]
+    assert suite.exit_code(result) == (4 if isinstance(error, WrongResultError) else 6)

@@ -100,6 +100,21 @@ def test_the_stall_carries_its_time() -> None:
     assert s["longest_stall"] == {"value": 8.0, "unit": "us", "index": 1, "at_s": 0.2}
 
 
+def test_a_gap_does_not_cross_the_end_of_a_run() -> None:
+    s = timing.summarise([1.0, 2.0, 4.0, 10.0, 11.0, 13.0], "ms", run=3)
+    assert s["gap_variance"]["value"] == pytest.approx(np.var([1, 2, 1, 2], ddof=1))
+    assert timing.summarise([1.0, 2.0, 3.0], "ms", run=1)["gap_variance"]["value"] is None
+
+
+def test_a_rate_turns_the_interval_round() -> None:
+    times = timing.median([2.0, 4.0, 4.0, 4.0, 4.0, 5.0], "ms")
+    rate = timing.rate(times, 100, "tok/s", context=7)
+    assert rate == {"value": 25.0, "unit": "tok/s", "n": 6, "ci95": [20.0, 50.0], "context": 7}
+    few = timing.rate(timing.median([4.0], "ms"), 100, "tok/s")
+    assert few["ci95"] is None
+    assert few["ci95_reason"] == "fewer than 6 samples"
+
+
 # ---- stop rule ------------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +163,20 @@ def test_wall_clock_counts_what_the_call_takes(monkeypatch: pytest.MonkeyPatch) 
     assert series.values == pytest.approx([2000.0] * len(series.values))
 
 
+def test_what_is_prepared_stays_outside_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, order = Clock(0.0), []
+    monkeypatch.setattr(timing, "time", clock)
+
+    def work(name: str, seconds: float) -> None:
+        order.append(name)
+        clock.now += seconds
+
+    rule = timing.StopRule(min_samples=3, min_seconds=0, max_seconds=10)
+    series = timing.wall_clock(lambda: work("call", 0.002), rule, prepare=lambda: work("prepare", 0.5))
+    assert series.values == pytest.approx([2000.0] * len(series.values))
+    assert order == ["prepare", "call"] * (len(series.values) + 2)
+
+
 # ---- rotations ------------------------------------------------------------------------------------------------------
 
 
@@ -165,3 +194,19 @@ def test_a_graph_is_whole_rounds_and_at_least_fifty_launches(copies: int) -> Non
     assert rotation.launches >= max(50, copies)
     assert rotation.launches % copies == 0
     assert rotation.launches - copies < 50
+
+
+def test_a_warm_graph_has_as_many_launches_as_a_cold_one() -> None:
+    calls = [lambda: None] * 416
+    cold, warm = (timing.Rotation(calls, 100, l2) for l2 in ("cold", "warm"))
+    assert cold.launches == warm.launches == 416
+    assert (cold.bytes_touched, warm.bytes_touched) == (41600, 100)
+    assert warm.used == calls[:1]
+
+
+@pytest.mark.parametrize("touched", [0, 1])
+def test_a_rotation_that_fits_the_l2_is_not_cold(monkeypatch: pytest.MonkeyPatch, touched: int) -> None:
+    monkeypatch.setattr(timing, "l2_bytes", lambda: 100)
+    rotation = timing.Rotation([lambda: None] * 3, 100 - touched, "cold")
+    with pytest.raises(ValueError, match="not cold"):
+        timing.kernel(rotation, timing.QUICK)

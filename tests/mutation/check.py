@@ -31,6 +31,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from tests.emulator.build import cache_folder
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results.json"
@@ -130,7 +132,7 @@ replacing(
 replacing(
     "constant",
     "an integer is one more, a hexadecimal number loses its lowest bit, a float doubles",
-    (r"(?<![\w.])(?!0x)(\d+)(?=u?l?l?\b)(?!\.)", r"(\1 + 1)"),
+    (r"(?<![\w.])(?!0x)(\d+(?:ull|u)?)\b(?!\.)", r"(\1 + 1)"),
     (r"\b(0x[0-9a-f]+)u?\b", r"(\1u & (\1u - 1u))"),
     (r"(?<![\w.])(?!0\.f)(\d+\.\d*(?:e-?\d+)?f|\d+e-?\d+f)\b", r"(2.f * \1)"),
 )
@@ -347,7 +349,7 @@ class Trees:
         self.folder, self.tests = folder, [t for t in tests if (ROOT / t).exists()]
         self.environment = {
             **os.environ,
-            "EDGELLM_EMULATOR_CACHE": str(folder / "cache"),
+            "EDGELLM_EMULATOR_CACHE": str(cache_folder() / "one-by-one"),
             "PYTHONDONTWRITEBYTECODE": "1",
             "COLUMNS": "1000",  # pytest shortens its summary to the width of the terminal
         }
@@ -368,6 +370,9 @@ class Trees:
         if result.returncode != 0:
             sys.exit(f"the tests fail without a mutant:\n{result.stdout[-4000:]}{result.stderr[-4000:]}")
         self.free.put(tree)
+        # What the unmutated kernels compiled to is kept for the next run; what mutants compile to goes with the copies.
+        kept = self.environment["EDGELLM_EMULATOR_CACHE"]
+        self.environment["EDGELLM_EMULATOR_CACHE"] = str(shutil.copytree(kept, self.folder / "cache"))
         launched: dict[str, list[str]] = json.loads((tree / "launched.json").read_text())
         covering: dict[str, list[str]] = {}
         for test, files in launched.items():

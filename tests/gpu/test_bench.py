@@ -1,0 +1,113 @@
+"""The benchmark on a real GPU: everything is measured or says why not, and nothing wrong gets a speed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import edgellm_cupy as ec
+from edgellm_cupy.bench import latency, report, suite, timing
+from edgellm_cupy.bench.context import Context
+from edgellm_cupy.formats.checkpoint import Checkpoint
+from edgellm_cupy.tuning import floor_spec
+
+pytestmark = pytest.mark.gpu
+
+# Few layers, but matrices that are large enough for a cold rotation of some hundred copies.
+CONFIG = ec.ModelConfig("small", 2, 1024, 2048, 16, 4, 64, 4000)
+SHORT = timing.StopRule(relative_error=0.05, min_samples=6, min_seconds=0.0, max_seconds=0.05)
+
+# What may be null in a quick run: tails of few samples, absent tools, clocks that tell nothing, boards that do not say.
+MAY_BE_NULL = {
+    r"p9\d_token_latency_ms": r"\d+ samples put \d+ beyond p9\d, fewer than 10",
+    r"n?[vg]cc_version": r"no n?[vg]cc on the PATH",
+    r"clock_locking": r"the SM clock ",
+    r"host_sync_calls_per_token": r"the device was done before",
+    r"throughput_degradation_slope_pct_per_1k": r"the fitted time at 1k",
+    r"energy_per_token_j": r"(\d+ steps of the energy counter|the energy counter did not step|nvmlDeviceGet)",
+    r"(power_limit_w|avg_power_w|peak_power_w|gpu_utilization_pct|persistence_mode)": r"nvmlDeviceGet",
+}
+
+
+@pytest.fixture
+def ctx(monkeypatch):
+    monkeypatch.setattr(timing, "QUICK", SHORT)
+    monkeypatch.setattr(latency, "BANDWIDTH_BYTES", 1 << 28)
+    return Context(Checkpoint.random(CONFIG), None, quick=True)
+
+
+def test_a_quick_run_measures_everything_or_says_why_not(ctx):
+    result = suite.run(ctx)
+    assert result["errors"] == {}
+    assert result["failures"] == []
+    assert suite.exit_code(result) == 0
+    assert result["decoder_check"]["value"] <= result["decoder_check"]["bound"]
+    for key, figure in result["summary"].items():
+        if figure["value"] is None:
+            allowed = [reason for name, reason in MAY_BE_NULL.items() if re.fullmatch(name, key)]
+            assert any(re.match(reason, figure["reason"]) for reason in allowed), (key, figure["reason"])
+    assert report.markdown(result)
+
+    figures = result["parts"]["latency"]
+    assert figures["bandwidth"]["value"] > 0
+    for product in figures["products"].values():
+        cold, warm = product["floor"]["cold"], product["floor"]["warm"]
+        assert cold["launches_per_sample"] == warm["launches_per_sample"]
+        assert cold["bytes_touched"] > 3 * cold["l2_bytes"]
+        for row in product["rows"]:
+            assert row["correct"]
+            assert row["gb_per_s"]["value"] > 0
+    for row in result["parts"]["kernels"]["kernels"]:
+        assert row["launches_per_token"] > 0
+        assert 0 < row["occupancy_pct"] <= 100
+
+    # The same keys, whatever the backend.
+    host = suite.run(
+        Context(
+            Checkpoint.random(replace(CONFIG, hidden_size=64, intermediate_size=64, num_heads=1, num_kv_heads=1)),
+            "host",
+            quick=True,
+        )
+    )
+    assert {name: list(part) for name, part in host["parts"].items()} == {
+        name: list(part) for name, part in result["parts"].items()
+    }
+
+
+def test_a_wrong_operation_has_no_speed(ctx, monkeypatch):
+    right = ec.rmsnorm_ternary_matmul
+    monkeypatch.setattr(ec, "rmsnorm_ternary_matmul", lambda *args, **options: right(*args, **{**options, "eps": 9.0}))
+    figures = latency.run(ctx, {"qkv": CONFIG.products()["qkv"]})
+    fused, products = [], []
+    for row in figures["products"]["qkv"]["rows"]:
+        (fused if row["op"] == "rmsnorm_ternary_matmul" else products).append(row)
+    for row in fused:
+        assert not row["correct"]
+        for figure in (
+            *row["kernel"].values(),
+            row["device"],
+            row["end_to_end"],
+            row["gb_per_s"],
+            row["bandwidth_pct"],
+        ):
+            assert figure["value"] is None
+            assert figure["reason"].startswith("wrong result: ")
+    assert all(row["correct"] and row["device"]["n"] for row in products)
+    assert ctx.failures
+    assert all(failure.startswith("qkv: rmsnorm_ternary_matmul, ") for failure in ctx.failures)
+
+
+def test_a_floor_that_skips_bytes_is_a_failure(ctx, monkeypatch):
+    import cupy as cp
+
+    monkeypatch.setattr(
+        latency, "floor_spec", lambda threads, check=False: floor_spec(threads)
+    )  # leaves the sink as it is
+    data = cp.asarray(np.arange(1, 4097, dtype=np.uint32))
+    series = latency.measure_floor(ctx, [data], "warm", SHORT)
+    assert series["value"] is None
+    assert "exclusive or" in series["reason"]
+    assert len(ctx.failures) == 1
