@@ -18,6 +18,8 @@ FLOAT16 = np.dtype(np.float16)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT32 = np.dtype(np.float32)
 DTYPES = (FLOAT16, BFLOAT16, FLOAT32)
+MODEL_DTYPES = {"float16": FLOAT16, "bfloat16": BFLOAT16, "float32": FLOAT32}
+"""Names of the dtypes that a decoder may store its intermediate results in."""
 ACTIVATIONS = ("float", "int8")
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 LARGEST_BATCH = 65_535  # a launch has one row of blocks a sequence

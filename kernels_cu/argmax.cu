@@ -1,6 +1,6 @@
 // best[n] = the largest logit of token n and its index, as one 64-bit key that atomicMax can order: the float's bits made
 // monotone in the upper half, the inverted index in the lower, so that among equals the lowest index wins.
-// next_token.cu reads the key and clears it. Bound: reading the logits from L2.
+// -0 + 0 is 0: the two are equals. next_token.cu reads the key and clears it. Bound: reading the logits from L2.
 //
 // Macros: THREADS, KERNEL_NAME.
 #if !defined(THREADS) || !defined(KERNEL_NAME)
@@ -20,7 +20,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   __shared__ unsigned long long warp_best[THREADS / 32];
   unsigned long long key = 0ull;
   for (int v = blockIdx.x * THREADS + threadIdx.x; v < V; v += gridDim.x * THREADS) {
-    key = max(key, logit_key(logits[(long long)blockIdx.y * V + v], v));
+    key = max(key, logit_key(logits[(long long)blockIdx.y * V + v] + 0.f, v));
   }
 #pragma unroll
   for (int d = 16; d; d >>= 1) key = max(key, __shfl_xor_sync(0xffffffffu, key, d));

@@ -114,7 +114,8 @@ __device__ __forceinline__ void attend(const X* q, int q_pitch, const X* keys, c
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+// Four blocks a multiprocessor, so up to 128 registers: left alone, ptxas aims lower and spills on sm_120.
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
     KERNEL_NAME(const X_T* __restrict__ q,  // [B * S, q_pitch]: the first kv_heads * GROUP * HEAD_DIM are the queries
                 int q_pitch,                //
                 const X_T* __restrict__ keys,    // [B, kv_heads, max_len, HEAD_DIM], this layer's

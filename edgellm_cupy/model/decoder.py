@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arguments import ACTIVATIONS, check_cache_size, check_tokens
+from ..arguments import ACTIVATIONS, MODEL_DTYPES, check_cache_size, check_tokens
 from ..errors import ArgumentTypeError, ArgumentValueError
 from ..formats import load_checkpoint
 from ..formats.checkpoint import Checkpoint
@@ -60,7 +60,7 @@ class KVCache:
 
     def __init__(self, model: TernaryTransformer, max_len: int, batch: int):
         """For :meth:`TernaryTransformer.new_cache`."""
-        cp, config, dtype = model._cp, model.config, _numpy_dtype(model.dtype)
+        cp, config, dtype = model._cp, model.config, MODEL_DTYPES[model.dtype]
         # The graph below runs with this model's weights, so the cache serves no other model, and keeps this one alive.
         self._model = model
         shape = (config.num_layers, batch, config.num_kv_heads, max_len, config.head_dim)
@@ -150,8 +150,8 @@ class TernaryTransformer:
             )
         if activation not in ACTIVATIONS:
             raise ArgumentValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-        if dtype not in ("float16", "bfloat16", "float32"):
-            raise ArgumentValueError(f"dtype is {dtype!r}, expected float16, bfloat16 or float32")
+        if dtype not in MODEL_DTYPES:
+            raise ArgumentValueError(f"dtype is {dtype!r}, expected one of {', '.join(MODEL_DTYPES)}")
         if reason := tuning.unsupported(checkpoint.config):
             raise ArgumentValueError(reason)
         cp = self._cp = require_gpu()
@@ -399,7 +399,7 @@ class TernaryTransformer:
 
     def _new_buffers(self, cache: KVCache, tokens: int) -> _Buffers:
         cp, c = self._cp, self.config
-        dtype = _numpy_dtype(self.dtype)
+        dtype = MODEL_DTYPES[self.dtype]
         shapes = {name: shape[0] for name, shape in c.products().items()}
         splits = tuning.attention_splits(c, tokens, cache.max_len, self._facts)
         return _Buffers(
@@ -413,12 +413,6 @@ class TernaryTransformer:
             normed=cp.empty((cache.batch, c.hidden_size), cp.float32),
             splits=splits,
         )
-
-
-def _numpy_dtype(name: str) -> Any:
-    import ml_dtypes
-
-    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
 def _rotary_table(config: ModelConfig, max_len: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arguments import ACTIVATIONS, check_cache_size, check_tokens
+from ..arguments import ACTIVATIONS, MODEL_DTYPES, check_cache_size, check_tokens
 from ..errors import ArgumentTypeError, ArgumentValueError
 from ..formats import load_checkpoint
 from ..formats.checkpoint import Checkpoint
@@ -61,16 +61,31 @@ class KVCache:
 
 
 class TernaryTransformer:
-    """A decoder on the host; the same methods as :class:`edgellm_cupy.TernaryTransformer`, on NumPy arrays."""
+    """A decoder on the host; the same methods as :class:`edgellm_cupy.TernaryTransformer`, on NumPy arrays.
 
-    def __init__(self, checkpoint: Checkpoint, activation: str = "int8"):
+    Args (of the constructor):
+        checkpoint: the weights.
+        activation: ``"int8"`` (BitNet b1.58) or ``"float"``.
+        dtype: intermediate results are rounded to it wherever the GPU decoder stores one of that dtype. With int8
+            activations a rounding in float16 tips values over ties of the quantiser, and those tip others: only a
+            reference that rounds alike stays close.
+
+    Raises:
+        ArgumentTypeError: no Checkpoint.
+        ArgumentValueError: an unknown option.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, activation: str = "int8", dtype: str = "float32"):
         if not isinstance(checkpoint, Checkpoint):
             raise ArgumentTypeError(
                 f"checkpoint: expected a Checkpoint, got {type(checkpoint).__name__} (from_pretrained takes a path)"
             )
         if activation not in ACTIVATIONS:
             raise ArgumentValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+        if dtype not in MODEL_DTYPES:
+            raise ArgumentValueError(f"dtype is {dtype!r}, expected one of {', '.join(MODEL_DTYPES)}")
         self.config, self.activation, self.checkpoint = checkpoint.config, activation, checkpoint
+        self.dtype = dtype
         self._dense = [
             tuple(_dense(w) for w in (layer.qkv, layer.out, layer.up, layer.down)) for layer in checkpoint.layers
         ]
@@ -137,16 +152,21 @@ class TernaryTransformer:
         n = ids.shape[1]
         positions = cache.length + np.arange(n)
         table = self.checkpoint.embedding
-        x = table.values[ids].astype(np.float32) * table.scale[ids][..., None]
+        x = self._stored(table.values[ids].astype(np.float32) * table.scale[ids][..., None])
         for i, (layer, (qkv, out, up, down)) in enumerate(zip(self.checkpoint.layers, self._dense, strict=True)):
-            projected = self._product(self._norm(x, layer.attn_norm), qkv, layer.qkv)
-            x = x + self._product(self._attention(projected, cache, i, positions), out, layer.out)
-            h = self._product(self._norm(x, layer.ffn_norm), up, layer.up)
-            x = x + self._product(self._activate(h), down, layer.down)
+            projected = self._stored(self._product(self._norm(x, layer.attn_norm), qkv, layer.qkv))
+            attended = self._stored(self._attention(projected, cache, i, positions))
+            x = self._stored(x + self._product(attended, out, layer.out))
+            h = self._stored(self._product(self._norm(x, layer.ffn_norm), up, layer.up))
+            x = self._stored(x + self._product(self._stored(self._activate(h)), down, layer.down))
         cache.length += n
         last = self._norm(x[:, -1], self.checkpoint.final_norm).astype(np.float32)
         cache.logits = (last @ self._head.T) * table.scale
         return cache.logits
+
+    def _stored(self, values: np.ndarray) -> np.ndarray:
+        """`values` as they come back from memory in the model's dtype, in float32."""
+        return values if self.dtype == "float32" else values.astype(MODEL_DTYPES[self.dtype]).astype(np.float32)
 
     def _norm(self, x: np.ndarray, gamma: np.ndarray) -> np.ndarray:
         return normalise(x, gamma, self.config.rms_eps)
@@ -177,8 +197,8 @@ class TernaryTransformer:
         c = self.config
         batch, n, _ = projected.shape
         q, k, v = np.split(projected, [c.q_rows, c.q_rows + c.kv_rows], axis=-1)
-        q = self._rotate(q.reshape(batch, n, c.num_heads, c.head_dim), positions)
-        k = self._rotate(k.reshape(batch, n, c.num_kv_heads, c.head_dim), positions)
+        q = self._stored(self._rotate(q.reshape(batch, n, c.num_heads, c.head_dim), positions))
+        k = self._stored(self._rotate(k.reshape(batch, n, c.num_kv_heads, c.head_dim), positions))
         v = v.reshape(batch, n, c.num_kv_heads, c.head_dim)
         end = cache.length + n
         cache.keys[layer, :, :, cache.length : end] = k.transpose(0, 2, 1, 3)

@@ -141,8 +141,8 @@ def product_spec(x_dtype: str, norm: bool, activation: str, config: ProductConfi
     held = config.held
     if x_dtype == "int8" or not (norm or activation == "int8"):
         held = 0  # x is looked at once
-    elif x_dtype == "float32" and held > 4:
-        held = 0  # eight wide vectors beside their gammas would spill
+    elif held > 4 and (x_dtype == "float32" or activation == "float"):
+        held = 0  # eight vectors beside wide gammas or many partial sums would spill
     return KernelSpec(
         "rmsnorm_ternary_matmul.cu" if norm else "ternary_matmul.cu",
         (

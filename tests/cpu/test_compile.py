@@ -21,8 +21,8 @@ from tests.update_kernel_budget import BUDGET_FILE, Report, compile_all, compile
 
 REGISTERS, STATIC_SHARED_BYTES = 65536, 48 * 1024  # of a multiprocessor; of a block: the same on every architecture
 ALWAYS = (75, 90)
-# Another NVRTC than the budget's allocates registers differently. 12.9 against 13.5: up to 16 more in a small kernel, 8 %
-# in a large one, and up to 80 bytes of local memory in five. A kernel that doubled is seen all the same.
+# Another NVRTC than the budget's allocates registers differently (12.9 against 13.5: up to 16 more in a small kernel,
+# 8 % in a large one, and up to 80 bytes of local memory in five). A kernel that doubled is seen all the same.
 OTHER_FACTOR, OTHER_REGISTERS, OTHER_LOCAL_BYTES = 1.25, 16, 128
 HOW_TO_UPDATE = "if the change is worth it, run `python -m tests.update_kernel_budget` and commit the new budget"
 

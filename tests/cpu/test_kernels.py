@@ -119,11 +119,11 @@ def test_rows_that_start_anywhere(emulator):
 
 @pytest.mark.parametrize(
     ("dtype", "activation", "tolerance"),
-    [("float32", "float", 2e-6), ("float32", "int8", 2e-5), ("float16", "float", 2e-3), ("bfloat16", "float", 2e-2)],
+    [("float32", "float", 2e-6), ("float32", "int8", 2e-6), ("float16", "int8", 2e-6), ("bfloat16", "int8", 2e-6)],
 )
 def test_decoder_equals_the_reference(emulator, dtype, activation, tolerance):
     checkpoint = Checkpoint.random(TINY_MODEL, seed=1)
-    reference = ec.reference.TernaryTransformer(checkpoint, activation=activation)
+    reference = ec.reference.TernaryTransformer(checkpoint, activation=activation, dtype=dtype)
     for order in ORDERS:
         emulator.order = order
         with emulated_gpu(emulator):
