@@ -33,7 +33,8 @@ class KVCache:
         logits: float32 [batch, vocabulary] of the last step.
     """
 
-    def __init__(self, config: ModelConfig, max_len: int, batch: int):
+    def __init__(self, config: ModelConfig, max_len: int, batch: int, dtype: str = "float32"):
+        self._dtype = MODEL_DTYPES[dtype]  # random keys and values are rounded to it, as the GPU's are
         shape = (config.num_layers, batch, config.num_kv_heads, max_len, config.head_dim)
         self.keys, self.values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         self.max_len, self.batch, self.length = max_len, batch, 0
@@ -55,6 +56,7 @@ class KVCache:
             raise ArgumentValueError(f"length is {length}, but the cache holds max_len = {self.max_len}")
         rng = np.random.default_rng(seed)
         block = rng.standard_normal((*self.keys.shape[1:3], length, self.keys.shape[-1]), dtype=np.float32)
+        block = block.astype(self._dtype).astype(np.float32)
         self.keys[..., :length, :] = block
         self.values[..., :length, :] = block[..., ::-1]
         self.length = length
@@ -106,7 +108,7 @@ class TernaryTransformer:
     def new_cache(self, max_len: int, batch: int = 1) -> KVCache:
         """An empty cache for `batch` sequences of up to `max_len` tokens."""
         check_cache_size(max_len, batch)
-        return KVCache(self.config, max_len, batch)
+        return KVCache(self.config, max_len, batch, self.dtype)
 
     # ---- using it ---------------------------------------------------------------------------------------------------
 
