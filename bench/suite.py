@@ -90,8 +90,8 @@ change of 2e-7 in the embedding alone makes 0.03 behind a prompt. Mistakes that 
 1e5 in place of 1e4 0.2, the newest value lost 0.15 to 0.25, no rotation 0.5, no norm weights 0.8.
 
 Random keys and values at depth amplify that too far to tell a lost split of the attention (0.24). With float
-activations a right decoder makes 0.005 with random weights; with the real ones 0.025 was seen on an H200 at 16k, of which
-0.019 came from a cache that only the GPU had rounded, which is mended. A lost split makes 0.044 or more at either depth.
+activations a right decoder makes 0.006 with random weights. With the real ones 0.025 was seen on an H200 at 16k, of
+which 0.019 came from a random cache that only the GPU had rounded. A lost split makes 0.044 or more at either depth.
 """
 
 PROMPT_TOKENS = 20

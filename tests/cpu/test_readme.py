@@ -14,7 +14,9 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
 REPORTS = [f"{where}/{model}" for where in ("h200", "numpy") for model in ("smollm-135m", "smollm2-135m")]
 REPORTS.insert(1, "h200/smollm-135m-notebook")
-BEGIN, END = "<!-- results: made by `pytest tests/cpu/test_readme.py` from the files named below -->", "<!-- end of results -->"
+LAYERS = ["h200/bitnet-2b4t-layer", "h200/llama-8b-layer"]  # the latency part alone, on one layer of larger models
+BEGIN = "<!-- results: made by `pytest tests/cpu/test_readme.py` from the files named below -->"
+END = "<!-- end of results -->"
 
 
 def load(name: str) -> dict[str, Any]:
@@ -26,6 +28,11 @@ def figure(metric: dict[str, Any], digits: int = 3) -> str:
     if value is None:
         return "null"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+
+
+def median(series: dict[str, Any]) -> str:
+    cold = series["cold"]
+    return figure(cold.get("median", cold))
 
 
 def block() -> Iterator[str]:
@@ -41,29 +48,29 @@ def block() -> Iterator[str]:
         link = f"[{name}](bench/results/{name}/report.md)"
         yield f"| {link} | {report['model']['weights']} | {' | '.join(cells)} |"
     yield ""
-    latency = reports["h200/smollm-135m"]["parts"]["latency"]
+    reports |= {name: load(name) for name in LAYERS}
+    bandwidth = reports["h200/smollm-135m"]["parts"]["latency"]["bandwidth"]
     yield (
-        "One product of `smollm-135m` in float16, microseconds in a CUDA graph, cold L2. `fused` is RMSNorm + int8 "
-        "quantisation + product in one launch, `floor` only reads the same bytes "
-        f"([h200/smollm-135m](bench/results/h200/smollm-135m/report.md); this GPU reads "
-        f"{figure(latency['bandwidth'], 4)} GB/s):"
+        "One product in float16, batch 1, microseconds in a CUDA graph with a cold L2. `fused` is RMSNorm + int8 "
+        "quantisation + product in one launch; `floor` only reads the same bytes (this GPU reads "
+        f"{figure(bandwidth)} GB/s):"
     )
     yield ""
     yield "| product | M x K | floor | fused int8 | / floor | fused float | unfused int8 | RMSNorm + cuBLAS float16 |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
-    for layer, product in latency["products"].items():
-        fused = {r["activation"]: r for r in product["rows"] if r["op"] == "rmsnorm_ternary_matmul"}
-        times = [
-            product["floor"]["cold"],
-            fused["int8"]["kernel"]["cold"],
-            None,
-            fused["float"]["kernel"]["cold"],
-            product["baselines"]["unfused_ternary_int8"]["cold"],
-            product["baselines"]["cublas_fp16"]["cold"],
-        ]
-        ratio = figure(fused["int8"]["ratio_to_floor"]["cold"])
-        cells = [ratio if t is None else figure(t.get("median", t)) for t in times]
-        yield f"| {layer} | {product['m']} x {product['k']} | {' | '.join(cells)} |"
+    for name in ("h200/smollm-135m", *LAYERS):
+        for layer, product in reports[name]["parts"]["latency"]["products"].items():
+            fused = {r["activation"]: r for r in product["rows"] if r["op"] == "rmsnorm_ternary_matmul"}
+            cells = [
+                median(product["floor"]),
+                median(fused["int8"]["kernel"]),
+                figure(fused["int8"]["ratio_to_floor"]["cold"]),
+                median(fused["float"]["kernel"]),
+                median(product["baselines"]["unfused_ternary_int8"]),
+                median(product["baselines"]["cublas_fp16"]),
+            ]
+            link = f"[{name.removeprefix('h200/')}](bench/results/{name}/report.md) {layer}"
+            yield f"| {link} | {product['m']} x {product['k']} | {' | '.join(cells)} |"
     yield ""
     yield "The commands that made these reports:"
     yield ""
@@ -80,7 +87,7 @@ def test_readme_shows_the_committed_results():
     assert match[1] == expected, f"put this between the markers:\n{expected}"
 
 
-@pytest.mark.parametrize("name", REPORTS)
+@pytest.mark.parametrize("name", [*REPORTS, *LAYERS])
 def test_committed_reports_are_whole(name):
     report = load(name)
     assert not report["quick"]

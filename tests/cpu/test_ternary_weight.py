@@ -255,7 +255,7 @@ def test_from_packed_refuses_weights_in_the_padding():
     [
         (np.zeros((3, 1, 16), np.int8), 1.0, TypeError, "packed: expected a uint8 array, got numpy.ndarray of int8"),
         (b"", 1.0, TypeError, "packed: expected a uint8 array, got builtins.bytes"),
-        (np.zeros((3, 2, 16), np.uint8), 1.0, ValueError, "packed.shape is (3, 2, 16), expected (3, 1, 16) for (3, 20)"),
+        (np.zeros((3, 2, 16), np.uint8), 1.0, ValueError, "packed.shape is (3, 2, 16), expected (3, 1, 16)"),
         (np.zeros((3, 16), np.uint8), 1.0, ValueError, "packed.shape is (3, 16), expected (3, 1, 16) for (3, 20)"),
         (np.full((3, 1, 16), 0x55, np.uint8), np.float32("nan"), ValueError, "scale is nan, expected a finite"),
     ],
