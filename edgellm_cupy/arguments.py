@@ -71,10 +71,10 @@ def check_cache_size(max_len: Any, batch: Any) -> None:
 
 def check_tokens(ids: np.ndarray, batch: int, length: int, max_len: int, vocab_size: int) -> None:
     """Token ids [B, N] in host memory that fit the vocabulary, and a cache that holds `length` of `max_len` tokens."""
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise ArgumentTypeError(f"token_ids: expected integers, got {ids.dtype}")
     if ids.ndim != 2 or ids.shape[0] != batch or ids.shape[1] < 1:
         raise ArgumentValueError(f"token_ids.shape is {ids.shape}, expected [{batch}, N] (batch {batch}), N >= 1")
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ArgumentTypeError(f"token_ids: expected integers, got {ids.dtype}")
     if length + ids.shape[1] > max_len:
         raise ArgumentValueError(f"token_ids: {ids.shape[1]} more after {length} do not fit max_len = {max_len}")
     if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -96,7 +97,14 @@ def _record(exercised: Exercised) -> Iterator[None]:
         yield
 
 
+EMULATED = ("test_emulator.py", "test_kernels.py", "test_kernel_properties.py", "test_kernel_mutants.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not shutil.which(os.environ.get("CXX", "g++")) and os.environ.get("CI") != "true":
+        for item in items:
+            if item.path.name in EMULATED:
+                item.add_marker(pytest.mark.skip(reason="no g++, which runs the kernels on the CPU"))
     # The test of coverage looks back at all others.
     items.sort(key=lambda item: item.name == "test_every_kernel_and_specialisation_was_launched")
     try:

@@ -1,8 +1,7 @@
 """rmsnorm, ternary_matmul and rmsnorm_ternary_matmul on CuPy arrays.
 
-All of them run on the current device and stream, never synchronise, and may be captured into a CUDA graph (call them
-once before, so that the kernels are loaded). PyTorch and JAX arrays come in through DLPack without a copy:
-``cupy.from_dlpack(tensor)``.
+All of them run on the current device and stream, never synchronise, and may be captured into a CUDA graph. PyTorch and
+JAX arrays come in through DLPack without a copy: ``cupy.from_dlpack(tensor)``.
 """
 
 from __future__ import annotations

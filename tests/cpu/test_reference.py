@@ -367,7 +367,7 @@ def test_host_and_device_do_not_mix():
     message = "W is a device weight, but x is a numpy array: call W.to_host() first"
     assert_refused(reference.ternary_matmul, {"x": x, "W": device}, TypeError, message)
     with pytest.raises(ArgumentTypeError, match=r"W is a host weight, but x is a cupy array: call W.to_device"):
-        check_ternary_matmul(_OnDevice, _OnDevice(x), host, "float", None, None)
+        check_ternary_matmul(_OnDevice, _OnDevice(x), host, "float", None)
     with pytest.raises(ArgumentTypeError, match=r"x: expected a CuPy array, got numpy.ndarray .*cupy.from_dlpack"):
         check_rmsnorm(_OnDevice, x, gamma, 1e-6, None)
 
@@ -612,10 +612,9 @@ def test_cache_size():
         ([50], "token_ids holds 50, expected 0 <= token < vocabulary = 50"),
         ([1, -1], "token_ids holds -1, expected 0 <= token"),
         ([1] * 9, "token_ids: 9 more after 0 do not fit max_len = 8"),
-        ([1.0], "token_ids: float64 of shape (1, 1), expected integers [1, N] (batch 1), N >= 1"),
-        ([], "expected integers [1, N]"),
-        ([[1], [2]], "token_ids: int64 of shape (2, 1), expected integers [1, N] (batch 1)"),
-        ([[[1]]], "of shape (1, 1, 1), expected integers [1, N]"),
+        ([], "token_ids.shape is (1, 0), expected [1, N] (batch 1), N >= 1"),
+        ([[1], [2]], "token_ids.shape is (2, 1), expected [1, N] (batch 1)"),
+        ([[[1]]], "token_ids.shape is (1, 1, 1), expected [1, N]"),
     ],
 )
 def test_prefill_refuses(tokens, message):
@@ -623,6 +622,8 @@ def test_prefill_refuses(tokens, message):
     cache = model.new_cache(8)
     with pytest.raises(ArgumentValueError, match=re.escape(message)):
         model.prefill(tokens, cache)
+    with pytest.raises(ArgumentTypeError, match="token_ids: expected integers, got float64"):
+        model.prefill([1.0], cache)
     assert cache.length == 0
 
 
@@ -637,6 +638,11 @@ def test_decoding_refuses_a_full_cache():
 def test_model_refuses():
     with pytest.raises(ArgumentValueError, match="activation is 'int4', expected one of float, int8"):
         model_of(GROUPED, "int4")
-    for max_len, batch in ((0, 1), (1, 0)):
-        with pytest.raises(ArgumentValueError, match=f"max_len is {max_len} and batch {batch}, expected at least 1"):
+    for max_len, batch, message in (
+        (0, 1, "max_len is 0, expected at least 1"),
+        (1, 0, "batch is 0, expected at least 1"),
+    ):
+        with pytest.raises(ArgumentValueError, match=message):
             model_of(GROUPED).new_cache(max_len, batch)
+    with pytest.raises(ArgumentTypeError, match="max_len: expected an integer, got str"):
+        model_of(GROUPED).new_cache("3")
