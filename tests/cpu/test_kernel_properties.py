@@ -112,7 +112,10 @@ def random_activations(p: Problem, dtype: np.dtype, rng: np.random.Generator) ->
         x *= 1e4 if dtype == FLOAT16 else 1e30
     elif p.values == "subnormal":
         subnormal = float(ml_dtypes.finfo(dtype).smallest_subnormal) * rng.integers(-9, 10, x.shape)
-        x = np.where(rng.random(x.shape) < 0.3, subnormal, x)
+        where = rng.random(x.shape) < 0.3
+        if dtype != FLOAT16:
+            where[..., 0] = False  # float32's subnormals count as zero (-ftz=true): not where a token has nothing else
+        x = np.where(where, subnormal, x)
     return x.astype(dtype)
 
 
