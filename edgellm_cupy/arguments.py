@@ -34,7 +34,7 @@ def check_rmsnorm(array_type: Any, x: Any, gamma: Any, eps: float, out: Any) -> 
     _check_gamma(array_type, x, gamma, eps)
     if out is not None:
         _check_result(array_type, "out", out, x.shape, DTYPES)
-        _check_no_overlap(array_type, out, (("x", x), ("gamma", gamma)))
+        _check_no_overlap(out, (("x", x), ("gamma", gamma)))
     _check_devices(array_type, (("x", x), ("gamma", gamma), ("out", out)))
 
 
@@ -51,7 +51,7 @@ def check_rmsnorm_ternary_matmul(
     _check_product(array_type, x, W, activation, residual, out)
     _check_gamma(array_type, x, gamma, eps)
     if out is not None:
-        _check_no_overlap(array_type, out, (("gamma", gamma),))
+        _check_no_overlap(out, (("gamma", gamma),))
     arrays = (("x", x), ("gamma", gamma), ("W", W.packed), ("residual", residual), ("out", out))
     _check_devices(array_type, arrays)
     if strategy not in STRATEGIES:
@@ -139,10 +139,10 @@ def _check_product(array_type: Any, x: Any, W: Any, activation: str, residual: A
         _check_result(array_type, "residual", residual, shape, (x.dtype,))
     if out is not None:
         _check_result(array_type, "out", out, shape, DTYPES)
-        _check_no_overlap(array_type, out, (("x", x),))
+        _check_no_overlap(out, (("x", x),))
         in_place = residual is not None and out.dtype == residual.dtype
-        if residual is not None and not (in_place and _address(array_type, out) == _address(array_type, residual)):
-            _check_no_overlap(array_type, out, (("residual", residual),))
+        if residual is not None and not (in_place and address(out) == address(residual)):
+            _check_no_overlap(out, (("residual", residual),))
 
 
 def _check_result(array_type: Any, name: str, a: Any, shape: tuple[int, ...], dtypes: tuple[Any, ...]) -> None:
@@ -151,15 +151,16 @@ def _check_result(array_type: Any, name: str, a: Any, shape: tuple[int, ...], dt
         raise ArgumentValueError(f"{name}.shape is {a.shape}, expected {shape}")
 
 
-def _address(array_type: Any, a: Any) -> int:
-    return int(a.ctypes.data if array_type is np.ndarray else a.data.ptr)
+def address(a: Any) -> int:
+    """Where a NumPy or CuPy array's first element lies."""
+    return int(a.ctypes.data) if isinstance(a, np.ndarray) else int(a.data.ptr)
 
 
-def _check_no_overlap(array_type: Any, out: Any, inputs: tuple[tuple[str, Any], ...]) -> None:
+def _check_no_overlap(out: Any, inputs: tuple[tuple[str, Any], ...]) -> None:
     """Other blocks still read the inputs while the first results are written."""
-    start = _address(array_type, out)
+    start = address(out)
     for name, a in inputs:
-        begin = _address(array_type, a)
+        begin = address(a)
         if begin < start + out.nbytes and start < begin + a.nbytes:
             raise ArgumentValueError(f"out overlaps {name} in memory, expected separate memory")
 

@@ -1,7 +1,7 @@
 """`edgellm verify`: every kernel against the reference, on the GPU of this machine.
 
-The cases go through the public operations and reach every specialisation that dispatch can choose; one that none of
-them reached is a failure too. Outputs are poisoned, inputs random, with the values that break kernels mixed in.
+The cases reach every specialisation that dispatch can choose on this device; one that none of them reached is a failure
+too. Outputs are poisoned, inputs random, with the values that break kernels mixed in.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from .formats.config import PRESETS, ModelConfig
 from .formats.ternary import TernaryWeight
 from .kernels import load, loaded
 from .model.decoder import TernaryTransformer
+from .ops import enqueue
 from .reference import TernaryTransformer as ReferenceTransformer
 from .reference.accuracy import check
 from .runtime import require_gpu
-from .tuning import FLOOR_THREADS, floor_spec, specialisations
+from .tuning import FLOOR_THREADS, dispatch, floor_spec, specialisations
 from .tuning.device import DeviceFacts, current_facts
+from .tuning.gemm import GemmConfig
+from .tuning.product import ProductConfig
 
 LOGIT_TOLERANCE = {
     ("float32", "float"): 2e-5,
@@ -39,34 +42,66 @@ an H200). The products themselves are checked exactly."""
 
 @dataclass(frozen=True)
 class Case:
-    """One problem for the operations."""
+    """One problem for the operations. choice: a strategy, or a configuration whatever dispatch would choose."""
 
     m: int
     n: int
     k: int
     dtype: Any
+    gamma_dtype: Any
     activation: str
-    strategy: str
+    choice: str | dispatch.Config
 
     def __str__(self) -> str:
-        return f"M={self.m} N={self.n} K={self.k} {self.dtype} {self.activation} {self.strategy}"
+        return f"M={self.m} N={self.n} K={self.k} {self.dtype}/{self.gamma_dtype} {self.activation} {self.choice}"
 
 
 def cases(device: DeviceFacts) -> Iterator[Case]:
-    """Problems that reach every specialisation of norm, quantisation and product, on shapes that no tile divides."""
-    # One token: (M, K) for each kernel shape of tuning.product, which goes by K and once by M.
-    tall = 20 * device.multiprocessors + 61
-    one = ((67, 577), (61, 1100), (63, 2303), (tall, 2305), (35, 3001), (33, 4101), (37, 9003), (31, 17001))
-    more = ((61, 575), (70, 1030))
-    for n in (1, 2, 3, 7, 9):
-        for m, k in one if n == 1 else more:
-            for dtype in DTYPES:
+    """What dispatch chooses, then every enumerated configuration that this device can run, on shapes that no tile
+    divides."""
+    for n, m, k in (
+        (1, 61, 572),
+        (1, 63, 2300),
+        (2, 61, 1100),
+        (3, 70, 575),
+        (5, 35, 1028),
+        (9, 61, 577),
+        (40, 70, 300),
+    ):
+        for dtype in DTYPES:
+            for activation in ACTIVATIONS:
+                for strategy in ("streaming", "separate", "adaptive"):
+                    yield Case(m, n, k, dtype, FLOAT32 if n % 2 else dtype, activation, strategy)
+    for n, k in ((1, 577), (3, 1101), (1, 1100), (2, 604)):  # the first two: rows that are aligned for scalars only
+        for dtype in DTYPES:
+            for gamma_dtype in dict.fromkeys((FLOAT32, dtype)):
                 for activation in ACTIVATIONS:
-                    for strategy in ("streaming", "separate"):
-                        yield Case(m, n, k, dtype, activation, strategy)
-    yield Case(1, 1, 1, FLOAT16, "int8", "adaptive")
-    yield Case(3, 70, 64, BFLOAT16, "float", "adaptive")
-    yield Case(5, 2, 100_003, FLOAT32, "float", "streaming")  # activations do not fit shared memory: slices of K
+                    yield from (
+                        Case(37, n, _length(config, k), dtype, gamma_dtype, activation, config)
+                        for config in _configurations(n, k, dtype, activation, device)
+                    )
+    for dtype in DTYPES:
+        for activation in ACTIVATIONS:
+            problem = dispatch.Problem(150, 70, 700, str(dtype), "float32", True, activation)
+            for config in dispatch.candidates(problem, device):
+                if isinstance(config, GemmConfig):
+                    yield Case(150, 70, 700, dtype, FLOAT32, activation, config)
+    yield Case(1, 1, 1, FLOAT16, FLOAT16, "int8", "adaptive")
+    yield Case(3, 70, 64, BFLOAT16, BFLOAT16, "float", "adaptive")
+    yield Case(5, 2, 100_003, FLOAT32, FLOAT32, "float", "streaming")  # activations that do not fit shared memory
+
+
+def _configurations(n: int, k: int, dtype: Any, activation: str, device: DeviceFacts) -> Iterator[ProductConfig]:
+    """The streaming configurations that dispatch can choose for so many tokens, or more of them."""
+    tokens = (1,) if n == 1 else (2, 4, 8)
+    for t in tokens if k % 4 == 0 else (1,):
+        problem = dispatch.Problem(37, t, 4 if k % 4 == 0 else 1, str(dtype), None, k % 4 == 0, activation)
+        yield from (c for c in dispatch.candidates(problem, device) if isinstance(c, ProductConfig))
+
+
+def _length(config: ProductConfig, k: int) -> int:
+    """K that uses all of the configuration's registers but not quite; k itself where nothing depends on it."""
+    return k if config.longest is None else config.longest - 4
 
 
 def random_problem(case: Case, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -83,7 +118,7 @@ def random_problem(case: Case, rng: np.random.Generator) -> dict[str, np.ndarray
         "t": t,
         "scale": rng.uniform(0.5, 2.0, case.m).astype(np.float32),
         "x": x.astype(case.dtype),
-        "gamma": rng.uniform(0.5, 1.5, case.k).astype(FLOAT32 if case.k % 2 else case.dtype),
+        "gamma": rng.uniform(0.5, 1.5, case.k).astype(case.gamma_dtype),
         "residual": rng.standard_normal((case.n, case.m)).astype(case.dtype),
     }
 
@@ -120,24 +155,28 @@ def _check_case(cp: Any, case: Case, rng: np.random.Generator) -> Iterator[str]:
     # A view that starts one element into its memory is aligned for scalars only.
     shifted = cp.empty(x.size + 1, x.dtype)[1:].reshape(x.shape)
     shifted[...] = cp.asarray(x)
+    places = [cp.asarray(x)]
+    if isinstance(case.choice, str):
+        places.append(shifted)
     for y_dtype in (case.dtype, FLOAT16 if case.dtype == FLOAT32 else FLOAT32):
-        for device_x in (cp.asarray(x), shifted):
+        for device_x in places:
             out = _poisoned(cp, (case.n, case.m), y_dtype)
-            ops.rmsnorm_ternary_matmul(
+            enqueue.product(
+                cp,
                 device_x,
                 cp.asarray(gamma),
                 on_device,
                 1e-5,
                 case.activation,
                 cp.asarray(residual),
-                case.strategy,
+                case.choice,
                 out,
             )
             message = check(out.get(), x, gamma, weight, eps=1e-5, activation=case.activation, residual=residual)
             if message:
                 yield f"rmsnorm_ternary_matmul: {message}"
     out = _poisoned(cp, (case.n, case.m), case.dtype)
-    ops.ternary_matmul(cp.asarray(x), on_device, case.activation, out)
+    enqueue.product(cp, cp.asarray(x), None, on_device, 0.0, case.activation, None, case.choice, out)
     if message := check(out.get(), x, None, weight, activation=case.activation):
         yield f"ternary_matmul: {message}"
     out = _poisoned(cp, x.shape, case.dtype)
@@ -181,7 +220,7 @@ def _check_floor(cp: Any, rng: np.random.Generator) -> Iterator[str]:
     for threads in FLOOR_THREADS:
         sink = cp.zeros(1, cp.uint32)
         for check_sum in (False, True):
-            load(floor_spec(threads, check_sum))((7, 1, 1), (threads, 1, 1), (data, np.int64(len(words)), sink))
+            load(floor_spec(threads, check_sum))((7, 1, 1), (threads, 1, 1), (data, len(words), sink))
         if int(sink[0]) != expected:
             yield f"read_floor with {threads} threads: the words' exclusive or is {int(sink[0])}, expected {expected}"
 

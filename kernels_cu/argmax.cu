@@ -3,6 +3,8 @@
 // -0 + 0 is 0: the two are equals. next_token.cu reads the key and clears it. Bound: reading the logits from L2.
 //
 // Macros: THREADS, KERNEL_NAME.
+#include "ptx.cuh"
+
 #if !defined(THREADS) || !defined(KERNEL_NAME)
 #error "argmax.cu needs THREADS and KERNEL_NAME"
 #endif
@@ -14,9 +16,11 @@ __device__ __forceinline__ unsigned long long logit_key(float logit, unsigned in
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    KERNEL_NAME(const float* __restrict__ logits,       // [N, V]
-                unsigned long long* __restrict__ best,  // [N], zero before the launch
-                int V) {                                // grid: (blocks over V, N)
+    KERNEL_NAME(const float* logits,       // [N, V]
+                unsigned long long* best,  // [N], zero before the launch
+                int V) {                   // grid: (blocks over V, N)
+  let_next_kernel_start();
+  wait_for_previous_kernels();
   __shared__ unsigned long long warp_best[THREADS / 32];
   unsigned long long key = 0ull;
   for (int v = blockIdx.x * THREADS + threadIdx.x; v < V; v += gridDim.x * THREADS) {

@@ -13,6 +13,7 @@
 //
 // Macros: X_T (float, __half, __nv_bfloat16), HEAD_DIM (a multiple of 4), GROUP, THREADS, KERNEL_NAME.
 #include "elements.cuh"
+#include "ptx.cuh"
 #include "splits.cuh"
 
 #if !defined(X_T) || !defined(HEAD_DIM) || !defined(GROUP) || !defined(THREADS) || !defined(KERNEL_NAME)
@@ -116,13 +117,15 @@ __device__ __forceinline__ void attend(const X* q, int q_pitch, const X* keys, c
 
 // Four blocks a multiprocessor, so up to 128 registers: left alone, ptxas aims lower and spills on sm_120.
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
-    KERNEL_NAME(const X_T* __restrict__ q,  // [B * S, q_pitch]: the first kv_heads * GROUP * HEAD_DIM are the queries
-                int q_pitch,                //
-                const X_T* __restrict__ keys,    // [B, kv_heads, max_len, HEAD_DIM], this layer's
-                const X_T* __restrict__ values,  // the same
-                const int* __restrict__ length,  // [1]: positions in the cache before this call's tokens
-                int S,                           // tokens a sequence in this call
+    KERNEL_NAME(const X_T* q,       // [B * S, q_pitch]: the first kv_heads * GROUP * HEAD_DIM are the queries
+                int q_pitch,        //
+                const X_T* keys,    // [B, kv_heads, max_len, HEAD_DIM], this layer's
+                const X_T* values,  // the same
+                const int* length,  // [1]: positions in the cache before this call's tokens
+                int S,              // tokens a sequence in this call
                 int kv_heads, int max_len, float softmax_scale,
-                float* __restrict__ partial) {  // [B * S, kv_heads * GROUP, gridDim.x, HEAD_DIM + 2]
+                float* partial) {  // [B * S, kv_heads * GROUP, gridDim.x, HEAD_DIM + 2]
+  let_next_kernel_start();
+  wait_for_previous_kernels();
   attend<X_T, HEAD_DIM, GROUP, THREADS>(q, q_pitch, keys, values, length, S, kv_heads, max_len, softmax_scale, partial);
 }

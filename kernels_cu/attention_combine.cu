@@ -3,6 +3,7 @@
 //
 // Macros: X_T (float, __half, __nv_bfloat16), HEAD_DIM, KERNEL_NAME.
 #include "elements.cuh"
+#include "ptx.cuh"
 #include "splits.cuh"
 
 #if !defined(X_T) || !defined(HEAD_DIM) || !defined(KERNEL_NAME)
@@ -10,10 +11,12 @@
 #endif
 
 extern "C" __global__ void __launch_bounds__(HEAD_DIM)
-    KERNEL_NAME(const float* __restrict__ partial,  // [B * S, heads, splits, HEAD_DIM + 2]
-                const int* __restrict__ length,     // [1]: positions in the cache before this call's tokens
-                int S, int splits,                  // tokens a sequence in this call; splits of attention.cu's grid
-                X_T* __restrict__ out) {            // [B * S, heads * HEAD_DIM]
+    KERNEL_NAME(const float* partial,  // [B * S, heads, splits, HEAD_DIM + 2]
+                const int* length,     // [1]: positions in the cache before this call's tokens
+                int S, int splits,     // tokens a sequence in this call; splits of attention.cu's grid
+                X_T* out) {            // [B * S, heads * HEAD_DIM]
+  let_next_kernel_start();
+  wait_for_previous_kernels();
   const int n = blockIdx.y, head = blockIdx.x, heads = gridDim.x;
   const float* share = partial + ((long long)n * heads + head) * splits * (HEAD_DIM + 2);
   const int used = active_splits(length[0] + n % S + 1, splits);

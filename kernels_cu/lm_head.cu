@@ -24,11 +24,13 @@ __device__ __forceinline__ float dot4(unsigned bytes, float4 x, float sum) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    KERNEL_NAME(const float* __restrict__ x,       // [N, H]; grid.y is N
+    KERNEL_NAME(const float* x,                    // [N, H]; grid.y is N
                 const uint4* __restrict__ values,  // int8 [V, chunks * 16], zero beyond H
                 const float* __restrict__ scale,   // [V]
-                float* __restrict__ logits,        // [N, V]
+                float* logits,                     // [N, V]
                 int V, int H) {                    // chunks = ceil(H / 16)
+  let_next_kernel_start();
+  wait_for_previous_kernels();
   float4* const pieces = dynamic_shared<float4>();
   const int chunks = (H + 15) / 16, pitch = chunks | 1, n = blockIdx.y, lane = threadIdx.x % 4;
   const bool aligned = rows_aligned(x, H);

@@ -13,12 +13,12 @@ __device__ __forceinline__ void rmsnorm(const X* x, const Gamma<X>& gamma, void*
                                         float eps) {
   const bool aligned = rows_aligned(x, K);
   for (int n = blockIdx.x; n < N; n += gridDim.x) {
-    TokenScale scale;
-    Held<X, 0> held;
-    token_scales<true, false, 1, kThreads>(&scale, held, x, gamma, n, N, K, eps, aligned);
     const X* row = x + (long long)n * K;
+    Held<X, 0> held;
+    const TokenScale scale = token_scale<true, false, 1, kThreads>(held, row, gamma, TokenLength(K), eps, aligned);
+    const float r = scale.dequant * scale.factor;
     for (int k = 4 * threadIdx.x; k < K; k += 4 * kThreads) {
-      const float4 v = ((load4_or_zero(row, k, K, aligned) * scale.pre) * scale.factor) * gamma.at(k, K);
+      const float4 v = ((load4_or_zero(row, k, K, aligned) * scale.pre) * r) * gamma.at(k, K);
       const long long at = (long long)n * K + k;
       store_as(y, at, v.x, y_dtype);
       if (k + 1 < K) store_as(y, at + 1, v.y, y_dtype);
@@ -29,12 +29,13 @@ __device__ __forceinline__ void rmsnorm(const X* x, const Gamma<X>& gamma, void*
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-    KERNEL_NAME(const X_T* __restrict__ x,       // [N, K]
-                const void* __restrict__ gamma,  // [K], float32 or x's dtype
-                int gamma_is_float32,            //
-                void* __restrict__ y,            // [N, K]
-                int y_dtype,                     // 0 float16, 1 bfloat16, 2 float32
-                int K, int N, float eps) {
+extern "C" __global__ void __launch_bounds__(THREADS) KERNEL_NAME(const X_T* x,          // [N, K]
+                                                                  const void* gamma,     // [K], float32 or x's dtype
+                                                                  int gamma_is_float32,  //
+                                                                  void* y,               // [N, K]
+                                                                  int y_dtype,  // 0 float16, 1 bfloat16, 2 float32
+                                                                  int K, int N, float eps) {
+  let_next_kernel_start();
+  wait_for_previous_kernels();
   rmsnorm<X_T, THREADS>(x, Gamma<X_T>(gamma, gamma_is_float32, K), y, y_dtype, K, N, eps);
 }

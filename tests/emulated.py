@@ -23,7 +23,7 @@ from tests.emulator import Emulator
 
 H200 = DeviceFacts(arch=90, multiprocessors=132, threads=2048, shared_bytes=233472, block_shared_bytes=232448)
 T4 = DeviceFacts(arch=75, multiprocessors=40, threads=1024, shared_bytes=65536, block_shared_bytes=65536)
-TINY = DeviceFacts(arch=75, multiprocessors=2, threads=1024, shared_bytes=20480, block_shared_bytes=20480)
+TINY = DeviceFacts(arch=75, multiprocessors=2, threads=1024, shared_bytes=49152, block_shared_bytes=49152)
 """No real GPU: its two multiprocessors and little shared memory make small problems take every persistent loop."""
 
 
@@ -39,20 +39,23 @@ class EmulatedGpu:
 
     Attributes:
         launched: the specialisations launched so far.
+        cupy: what the package takes for CuPy.
     """
 
     def __init__(self, emulator: Emulator, facts: DeviceFacts):
         self.emulator, self.facts, self.launched = emulator, facts, set[KernelSpec]()
+        self.cupy: Any = None
         self._recording: list[Callable[[], None]] | None = None
 
     def load(self, spec: KernelSpec) -> Callable[..., None]:
         def launch(grid: Any, block: Any, args: tuple[Any, ...], shared_bytes: int = 0) -> None:
             assert shared_bytes <= self.facts.block_shared_bytes, f"{spec.name}: {shared_bytes} bytes of shared memory"
             self.launched.add(spec)
-            pointers_or_values = [None if a is enqueue.NULL else a for a in args]
+            # As the launcher does it: a Python float is a float32 parameter.
+            values = [np.float32(a) if isinstance(a, float) else int(a) if isinstance(a, bool) else a for a in args]
 
             def run() -> None:
-                self.emulator.launch(spec.name, grid, block, pointers_or_values, shared=shared_bytes)
+                self.emulator.launch(spec.name, grid, block, values, shared=shared_bytes)
 
             if self._recording is None:
                 run()
@@ -86,7 +89,7 @@ def emulated_gpu(emulator: Emulator, facts: DeviceFacts = H200) -> Iterator[Emul
     """Inside, `edgellm_cupy`'s GPU functions and decoder take NumPy arrays and run in the emulator."""
     gpu = EmulatedGpu(emulator, facts)
     stream = SimpleNamespace(is_capturing=lambda: False)
-    cupy = SimpleNamespace(
+    gpu.cupy = cupy = SimpleNamespace(
         ndarray=np.ndarray,
         empty=poisoned,
         empty_like=lambda a: poisoned(a.shape, a.dtype),

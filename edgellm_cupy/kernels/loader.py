@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..runtime import require_cupy
+from .launch import Launcher
 from .nvrtc import cubin_file
 from .spec import KernelSpec
 
-_STATIC_LIMIT = 48 * 1024  # more dynamic shared memory than this a kernel has to be allowed explicitly
+_UNASKED_SHARED = 48 * 1024  # more shared memory than this, static and dynamic, a kernel has to be allowed explicitly
 
 
 @dataclass(frozen=True)
@@ -33,20 +34,24 @@ class Kernel:
 
     def __init__(self, spec: KernelSpec, cp: Any):
         device = cp.cuda.Device()
+        arch = int(device.compute_capability)
         self.spec, self._cp = spec, cp
-        self._raw = cp.RawModule(path=str(cubin_file(spec, int(device.compute_capability)))).get_function(spec.name)
+        self._raw = cp.RawModule(path=str(cubin_file(spec, arch))).get_function(spec.name)
         self._attributes = self._raw.attributes  # CuPy loads lazily: now, not at a first launch inside a capture
-        self._shared_limit = _STATIC_LIMIT
+        self._launcher = Launcher(self._raw.kernel.ptr, spec.parameters, may_overlap=arch >= 90 and spec.waits)
+        self._shared_limit = _UNASKED_SHARED - self._attributes["shared_size_bytes"]
         self.launch_shapes: Counter[tuple[tuple[int, ...], tuple[int, ...], int]] = Counter()
 
     def __call__(
         self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], shared_bytes: int = 0
     ) -> None:
+        """args: CuPy arrays or None for pointers, Python or NumPy numbers for the rest."""
         if shared_bytes > self._shared_limit:
             self._raw.max_dynamic_shared_size_bytes = shared_bytes
             self._shared_limit = shared_bytes
-        self._raw(grid, block, args, shared_mem=shared_bytes)
-        self.launch_shapes[grid, block, shared_bytes] += 1
+        shape = (grid, block, shared_bytes)
+        self._launcher(self._cp.cuda.get_current_stream().ptr, shape, args)
+        self.launch_shapes[shape] += 1
         if _counters:
             for counter in _counters:
                 counter.by_name[self.spec.name] += 1

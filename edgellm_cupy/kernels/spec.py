@@ -9,6 +9,17 @@ from functools import cached_property
 from .source import expand
 
 
+def _without_comments(text: str) -> str:
+    return re.sub(r"//[^\n]*", "", text)
+
+
+def _format(parameter: str) -> str:
+    if "*" in parameter:
+        return "P"
+    kind = parameter.split()[0] if "long long" not in parameter else "long long"
+    return {"int": "i", "long long": "q", "float": "f"}[kind]
+
+
 @dataclass(frozen=True)
 class KernelSpec:
     """One specialisation of one kernel file.
@@ -38,6 +49,19 @@ class KernelSpec:
     def source(self) -> str:
         """The translation unit, without the macros."""
         return expand(self.file)
+
+    @cached_property
+    def parameters(self) -> str:
+        """The kernel's parameters as a format of `struct`: P pointer, i int, q long long, f float."""
+        shell = re.search(r"KERNEL_NAME\((.*?)\)\s*\{", _without_comments(self.source()), re.DOTALL)
+        if shell is None:
+            raise ValueError(f"{self.file}: no kernel named KERNEL_NAME")
+        return "".join(_format(parameter) for parameter in shell[1].split(","))
+
+    @cached_property
+    def waits(self) -> bool:
+        """Whether the kernel itself waits for its predecessors, so that it may be launched before they have ended."""
+        return "wait_for_previous_kernels();" in self.source()
 
     def defines(self) -> tuple[tuple[str, str], ...]:
         """Every macro, KERNEL_NAME included."""

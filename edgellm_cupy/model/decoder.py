@@ -25,7 +25,6 @@ from ..runtime import require_gpu
 from ..tuning import decoder as tuning
 from ..tuning.device import current_facts
 
-_I32 = np.int32
 _PREFILL_TOKENS = 4096  # tokens that a prefill processes at a time
 
 
@@ -306,11 +305,11 @@ class TernaryTransformer:
             (
                 ids,
                 self._head_values,
-                _I32(self._head_values.shape[1]),
+                self._head_values.shape[1],
                 self._head_scale,
                 b.x,
                 enqueue.DTYPE_TAGS[b.x.dtype],
-                _I32(c.hidden_size),
+                c.hidden_size,
             ),
         )
         for i, layer in enumerate(self._layers):
@@ -321,7 +320,7 @@ class TernaryTransformer:
             load(tuning.silu_spec(c, dtype))(
                 (-(-c.intermediate_size // tuning.THREADS), tokens, 1),
                 (tuning.THREADS, 1, 1),
-                (b.up, b.h, _I32(c.intermediate_size)),
+                (b.up, b.h, c.intermediate_size),
             )
             self._product(b.h, None, layer.down, b.x, b.x)
 
@@ -330,7 +329,7 @@ class TernaryTransformer:
         load(tuning.NEXT_TOKEN)(
             (1, 1, 1),
             (32, 1, 1),
-            (cache._best, cache.token, cache._device_length, _I32(cache.batch if head else 0), _I32(n)),
+            (cache._best, cache.token, cache._device_length, cache.batch if head else 0, n),
         )
 
     def _head(self, cache: KVCache, n: int, b: _Buffers) -> None:
@@ -343,13 +342,13 @@ class TernaryTransformer:
         load(tuning.LM_HEAD)(
             tuning.head_grid(c, cache.batch, self._facts),
             (tuning.THREADS, 1, 1),
-            (b.normed, self._head_values, self._head_scale, cache.logits, _I32(c.vocab_size), _I32(c.hidden_size)),
+            (b.normed, self._head_values, self._head_scale, cache.logits, c.vocab_size, c.hidden_size),
             (-(-c.hidden_size // 16) | 1) * 64,
         )
         load(tuning.ARGMAX)(
             (-(-c.vocab_size // (4 * tuning.THREADS)), cache.batch, 1),
             (tuning.THREADS, 1, 1),
-            (cache.logits, cache._best, _I32(c.vocab_size)),
+            (cache.logits, cache._best, c.vocab_size),
         )
 
     def _product(self, x: Any, gamma: Any, weight: TernaryWeight, residual: Any, out: Any) -> None:
@@ -368,11 +367,11 @@ class TernaryTransformer:
                 values,
                 cache._turns,
                 cache._device_length,
-                _I32(n),
-                _I32(c.num_heads),
-                _I32(c.num_kv_heads),
-                _I32(c.head_dim),
-                _I32(cache.max_len),
+                n,
+                c.num_heads,
+                c.num_kv_heads,
+                c.head_dim,
+                cache.max_len,
             ),
         )
         load(tuning.attention_spec(c, self.dtype))(
@@ -380,21 +379,21 @@ class TernaryTransformer:
             (tuning.ATTENTION_THREADS, 1, 1),
             (
                 b.qkv,
-                _I32(b.qkv.shape[1]),
+                b.qkv.shape[1],
                 keys,
                 values,
                 cache._device_length,
-                _I32(n),
-                _I32(c.num_kv_heads),
-                _I32(cache.max_len),
-                np.float32(c.head_dim**-0.5),
+                n,
+                c.num_kv_heads,
+                cache.max_len,
+                c.head_dim**-0.5,
                 b.partial,
             ),
         )
         load(tuning.combine_spec(c, self.dtype))(
             (c.num_heads, tokens, 1),
             (c.head_dim, 1, 1),
-            (b.partial, cache._device_length, _I32(n), _I32(b.splits), b.attended),
+            (b.partial, cache._device_length, n, b.splits, b.attended),
         )
 
     def _new_buffers(self, cache: KVCache, tokens: int) -> _Buffers:

@@ -9,18 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from ..arguments import BFLOAT16, FLOAT16, FLOAT32
-from ..formats.packing import CHUNK, chunks
+from ..arguments import BFLOAT16, FLOAT16, FLOAT32, address
 from ..formats.ternary import TernaryWeight
 from ..kernels import keep_while_captured, load
+from ..tuning import dispatch
 from ..tuning.device import current_facts
-from ..tuning.product import NORM_THREADS, STREAMING_TOKENS, norm_spec, product_launch, quantise_spec
+from ..tuning.gemm import GemmLaunch, quantise_tiles_launch, tile_shape
+from ..tuning.product import NORM_THREADS, ProductLaunch, norm_spec
 
-DTYPE_TAGS = {FLOAT16: np.int32(0), BFLOAT16: np.int32(1), FLOAT32: np.int32(2)}
+DTYPE_TAGS = {FLOAT16: 0, BFLOAT16: 1, FLOAT32: 2}
 """Run-time dtype tags of the kernels: elements.cuh."""
 
-_NAMES = {dtype: dtype.name for dtype in (*DTYPE_TAGS, np.dtype(np.int8))}  # dtype.name itself takes microseconds
-NULL = np.uint64(0)
+_NAMES = {dtype: dtype.name for dtype in DTYPE_TAGS}  # dtype.name itself takes microseconds
 _MAX_NORM_BLOCKS = 65535
 
 
@@ -44,18 +44,8 @@ def workspace(cp: Any, shape: tuple[int, ...], dtype: Any) -> Any:
 def rmsnorm(cp: Any, x: Any, gamma: Any, eps: float, out: Any) -> None:
     """out = rmsnorm(x) * gamma."""
     n = tokens_of(x)
-    kernel = load(norm_spec(_NAMES[x.dtype]))
-    args = (
-        x,
-        gamma,
-        np.int32(gamma.dtype == FLOAT32),
-        out,
-        DTYPE_TAGS[out.dtype],
-        np.int32(x.shape[-1]),
-        np.int32(n),
-        np.float32(eps),
-    )
-    kernel((min(n, _MAX_NORM_BLOCKS), 1, 1), (NORM_THREADS, 1, 1), args)
+    args = (x, gamma, gamma.dtype == FLOAT32, out, DTYPE_TAGS[out.dtype], x.shape[-1], n, eps)
+    load(norm_spec(_NAMES[x.dtype]))((min(n, _MAX_NORM_BLOCKS), 1, 1), (NORM_THREADS, 1, 1), args)
 
 
 def product(
@@ -66,58 +56,81 @@ def product(
     eps: float,
     activation: str,
     residual: Any,
-    strategy: str,
+    choice: str | dispatch.Config,
     out: Any,
 ) -> None:
-    """out = scale * (t @ x) + residual, with RMSNorm in front where `gamma` is given."""
-    n = tokens_of(x)
-    if strategy == "streaming" or (strategy == "adaptive" and n <= STREAMING_TOKENS):
-        _product(x, NULL, gamma, W, eps, activation, residual, n, out)
-    elif activation == "int8":
-        q = workspace(cp, (n, chunks(W.shape[1]) * CHUNK), np.int8)
-        dequant = workspace(cp, (n,), np.float32)
-        kernel = load(quantise_spec(_NAMES[x.dtype], gamma is not None))
-        args = (
-            x,
-            NULL if gamma is None else gamma,
-            np.int32(gamma is None or gamma.dtype == FLOAT32),
-            q,
-            dequant,
-            np.int32(W.shape[1]),
-            np.int32(n),
-            np.float32(eps),
-        )
-        kernel((min(n, _MAX_NORM_BLOCKS), 1, 1), (NORM_THREADS, 1, 1), args)
-        _product(q, dequant, None, W, 0.0, "int8", residual, n, out)
-    elif gamma is None:
-        _product(x, NULL, None, W, eps, activation, residual, n, out)
-    else:
-        # float32 between the two kernels: the accuracy is that of one kernel, and no intermediate can overflow.
-        normed = workspace(cp, x.shape, np.float32)
-        rmsnorm(cp, x, gamma, eps, normed)
-        _product(normed, NULL, None, W, eps, activation, residual, n, out)
+    """out = scale * (t @ x) + residual, with RMSNorm in front where `gamma` is given.
 
-
-def _product(
-    x: Any, dequant: Any, gamma: Any, W: TernaryWeight, eps: float, activation: str, residual: Any, n: int, out: Any
-) -> None:
+    choice: a strategy, or a configuration of it (for tuning).
+    """
     m, k = W.shape
-    plan = product_launch(m, n, k, _NAMES[x.dtype], gamma is not None, activation, current_facts())
-    front = (x, dequant) if gamma is None else (x, gamma, np.int32(gamma.dtype == FLOAT32))
-    args = (
-        *front,
+    gamma_name = None if gamma is None else _NAMES[gamma.dtype]
+    problem = dispatch.Problem(m, tokens_of(x), k, _NAMES[x.dtype], gamma_name, _aligned(x, gamma, k), activation)
+    plan = dispatch.launch(problem, choice, current_facts())
+    if isinstance(plan, ProductLaunch):
+        _streaming(plan, problem, x, gamma, W, eps, residual, out)
+    else:
+        _separate(cp, plan, problem, x, gamma, W, eps, residual, out)
+
+
+def _aligned(x: Any, gamma: Any, k: int) -> bool:
+    """Four elements of every row can be loaded at once, as the kernels' ALIGNED variants do."""
+    if k % 4 or address(x) % (4 * x.itemsize):
+        return False
+    return gamma is None or address(gamma) % (4 * gamma.itemsize) == 0
+
+
+def _streaming(
+    plan: ProductLaunch,
+    problem: dispatch.Problem,
+    x: Any,
+    gamma: Any,
+    W: TernaryWeight,
+    eps: float,
+    residual: Any,
+    out: Any,
+) -> None:
+    launch = plan.launch
+    args: tuple[Any, ...] = (
+        *((x,) if gamma is None else (x, gamma)),
         W.packed,
         W.scale,
-        np.int32(W.scale.size > 1),
-        NULL if residual is None else residual,
-        DTYPE_TAGS[FLOAT32 if residual is None else residual.dtype],
+        W.scale.size > 1,
+        residual,
         out,
         DTYPE_TAGS[out.dtype],
-        np.int32(m),
-        np.int32(k),
-        np.int32(n),
-        *(() if gamma is None else (np.float32(eps),)),
-        np.int32(plan.slice_steps),
-        np.int32(plan.pitch),
+        problem.m,
+        problem.k,
+        problem.n,
+        *(() if gamma is None else (eps,)),
+        plan.slice_steps,
     )
-    load(plan.launch.spec)(plan.launch.grid, plan.launch.block, args, plan.launch.shared_bytes)
+    load(launch.spec)(launch.grid, launch.block, args, launch.shared_bytes)
+
+
+def _separate(
+    cp: Any,
+    plan: GemmLaunch,
+    problem: dispatch.Problem,
+    x: Any,
+    gamma: Any,
+    W: TernaryWeight,
+    eps: float,
+    residual: Any,
+    out: Any,
+) -> None:
+    m, n, k = problem[:3]
+    activation = problem.activation
+    tiles = workspace(cp, tile_shape(n, k, activation, problem.planes), np.uint8)
+    dequant = workspace(cp, (n,), np.float32)
+    q_sums = workspace(cp, (n,), np.int32) if activation == "int8" else None
+    front, launch = quantise_tiles_launch(n, k, problem.x_dtype, gamma is not None, activation), plan.launch
+    args: tuple[Any, ...] = (x, gamma, gamma is None or gamma.dtype == FLOAT32, tiles, dequant, q_sums, k, n, eps)
+    load(front.spec)(front.grid, front.block, args, front.shared_bytes)
+    args = (
+        *(tiles, dequant, q_sums),
+        *(W.packed, W.scale, W.scale.size > 1),
+        *(residual, DTYPE_TAGS[x.dtype], out, DTYPE_TAGS[out.dtype]),
+        *(m, k, n, plan.stages),
+    )
+    load(launch.spec)(launch.grid, launch.block, args, launch.shared_bytes)

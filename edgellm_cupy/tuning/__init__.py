@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..formats.config import PRESETS
 from ..kernels.spec import KernelSpec
 from .decoder import decoder_specs
+from .gemm import gemm_specs
 from .product import product_specs
 
 FLOOR_THREADS = (256, 512, 1024)
@@ -18,6 +19,6 @@ def floor_spec(threads: int, check: bool = False) -> KernelSpec:
 
 def specialisations() -> tuple[KernelSpec, ...]:
     """Every kernel specialisation that dispatch can reach, for the products and for the presets' decoders."""
-    specs = [*product_specs(), *(spec for config in PRESETS.values() for spec in decoder_specs(config))]
+    specs = [*product_specs(), *gemm_specs(), *(spec for config in PRESETS.values() for spec in decoder_specs(config))]
     specs += [floor_spec(threads, check) for threads in FLOOR_THREADS for check in (False, True)]
     return tuple(dict.fromkeys(specs))

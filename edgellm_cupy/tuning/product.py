@@ -1,13 +1,10 @@
-"""Launch configurations of the ternary product: pure functions of (problem, device).
+"""Launch configurations of the streaming ternary product: pure functions of (problem, device).
 
-`product_launch` chooses; `product_specs` lists everything that it can choose, from the same tables. Set
-EDGELLM_PRINT_CONFIG=1 to see each choice once, on stderr.
+`product_launch` chooses; `product_specs` lists everything that it can choose, from the same tables.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,14 +13,13 @@ from ..formats.packing import chunks
 from ..kernels.spec import KernelSpec, Launch
 from .device import DeviceFacts
 
-X_TYPES = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float", "int8": "signed char"}
-"""C++ type of x by dtype name; int8 stands for activations that rmsnorm_quantise.cu has quantised."""
+X_TYPES = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float"}
+"""C++ type of x by dtype name."""
 
-NORM_THREADS = 256  # block of rmsnorm.cu and rmsnorm_quantise.cu
-STREAMING_TOKENS = 8
-"""Up to this many tokens "adaptive" norms them inside the product; beyond, each token is normed once, before it."""
+NORM_THREADS = 256  # block of rmsnorm.cu
 
-_STATIC_SHARED_BYTES = 2048  # reserved for the static shared memory of the product's specialisations
+_BLOCK_ROWS, _BLOCK_CHUNKS = 16, 4  # what a warp multiplies at a time: fragments.cuh
+_STATIC_SHARED_BYTES = 2048  # at most: what the norm's reductions take
 
 
 @dataclass(frozen=True)
@@ -32,31 +28,31 @@ class ProductConfig:
 
     Attributes:
         tokens: tokens that one block serves at a time.
-        lanes: threads side by side along a row.
-        rows: rows of a group of lanes at a time.
-        ahead: chunks of each row that a lane loads at a time.
+        spread: blocks of 256 k of a row that a warp reads side by side; its rows are 16 / spread.
+        split: warps that share the same rows and take turns along K.
+        ahead: units (spread blocks) whose weights a warp has in flight.
         threads: of a block.
         held: vectors of four activations that a thread keeps in registers from the norm to the product; 0: reads twice.
         resident: blocks a multiprocessor that the compiler leaves registers for.
     """
 
     tokens: int
-    lanes: int
-    rows: int
+    spread: int
+    split: int
     ahead: int
-    threads: int = 256
+    threads: int
     held: int = 0
-    resident: int = 2
-
-    @property
-    def step(self) -> int:
-        """64-code chunks of a row that one step covers."""
-        return self.lanes * self.ahead
+    resident: int = 1
 
     @property
     def tile(self) -> int:
         """Rows of a tile."""
-        return self.threads // self.lanes * self.rows
+        return self.threads // 32 // self.split * (_BLOCK_ROWS // self.spread)
+
+    @property
+    def step(self) -> int:
+        """Blocks of 256 k that the block's warps multiply between two loads of a register."""
+        return self.spread * self.split * self.ahead
 
     @property
     def longest(self) -> int | None:
@@ -64,56 +60,62 @@ class ProductConfig:
         return 4 * self.held * self.threads if self.held else None
 
 
-# One token: the first whose activations fit its registers. Measured on an H200 with a cold L2: a block as wide as the
-# token is long, so that each thread holds one vector, wins up to K = 2560; beyond, two or more vectors in 512 threads
-# beat wider blocks, whose registers run short.
+# One token of aligned float16 or bfloat16, by K: the first that is long enough.
 _ONE_TOKEN = (
-    ProductConfig(1, 16, 1, 1, 192, 1, 3),
-    ProductConfig(1, 32, 1, 1, 384, 1, 2),
-    ProductConfig(1, 32, 1, 2, 640, 1, 1),
-    ProductConfig(1, 32, 2, 2, 512, 2, 1),
-    ProductConfig(1, 32, 2, 2, 512, 4, 1),
-    ProductConfig(1, 32, 2, 2, 512, 8, 1),
-    ProductConfig(1, 32, 2, 2, 512, 0, 1),
+    ProductConfig(1, 1, 3, 1, 96, 2, 4),
+    ProductConfig(1, 1, 6, 1, 192, 2, 3),
+    ProductConfig(1, 4, 1, 3, 384, 2),
+    ProductConfig(1, 2, 2, 4, 512, 2),
+    ProductConfig(1, 2, 4, 4, 512, 4),
+    ProductConfig(1, 4, 4, 4, 512, 7),
+    ProductConfig(1, 4, 4, 4, 512, 0),
 )
-# Instead of the third, where it would need more than one tile a block: narrower groups, so that the tile is taller.
-_ONE_TOKEN_TALL = ProductConfig(1, 16, 1, 3, 640, 1, 1)
-# More: the rows share each word of weights among the tokens, so that fewer rows keep the registers within bounds.
-_MORE_TOKENS = {n: (ProductConfig(n, 16, 1, 1), ProductConfig(n, 32, 1 if n == 8 else 2, 1)) for n in (2, 4, 8)}
+_MORE_TOKENS = {2: ProductConfig(2, 1, 4, 2, 256), 4: ProductConfig(4, 1, 4, 2, 256), 8: ProductConfig(8, 1, 4, 2, 256)}
+# float32, and rows that cannot be loaded four elements at a time: correct everywhere, tuned for nothing.
+_ANY = ProductConfig(1, 1, 4, 2, 256, 0, 1)
 
-CONFIGS = (*_ONE_TOKEN, _ONE_TOKEN_TALL, *(config for pair in _MORE_TOKENS.values() for config in pair))
+CONFIGS = (*_ONE_TOKEN, *_MORE_TOKENS.values())
 
 
 @dataclass(frozen=True)
 class ProductLaunch:
-    """A launch of the product, with the two numbers that its kernel takes beside the problem.
+    """A launch of the product, with the number that its kernel takes beside the problem.
 
     Attributes:
         slice_steps: steps whose activations lie in shared memory at a time.
-        pitch: 16-byte pieces from one piece of a chunk's activations to the next.
     """
 
     launch: Launch
     config: ProductConfig
     slice_steps: int
-    pitch: int
 
 
-def choose_config(m: int, n: int, k: int, activation: str, device: DeviceFacts) -> ProductConfig:
+def choose_config(
+    m: int, n: int, k: int, x_dtype: str, aligned: bool, activation: str, device: DeviceFacts
+) -> ProductConfig:
     """The kernel shape for y[n, m] over k features."""
-    if n > 1:
-        tokens = 2 if n == 2 else 4 if n <= 4 else 8
-        while True:
-            short, long = _MORE_TOKENS[tokens]
-            config = short if chunks(k) <= short.lanes else long
-            # At least one step's activations have to lie in shared memory.
-            if tokens == 2 or _staged_bytes(config, activation, min(chunks(k), config.step)) <= _shared_limit(device):
-                return config
-            tokens //= 2
-    config = next(c for c in _ONE_TOKEN if c.longest is None or k <= c.longest)
-    if config.longest == _ONE_TOKEN_TALL.longest and m > config.tile * device.multiprocessors:
-        return _ONE_TOKEN_TALL
-    return config
+    return product_candidates(m, n, k, x_dtype, aligned, activation, device)[0]
+
+
+def product_candidates(
+    m: int, n: int, k: int, x_dtype: str, aligned: bool, activation: str, device: DeviceFacts
+) -> tuple[ProductConfig, ...]:
+    """Every enumerated kernel shape that can serve the problem on this device, best first where nothing was tuned."""
+    if not aligned or x_dtype == "float32":
+        return (_ANY,)
+    # Float activations take four columns a token, of which eight are multiplied at a time.
+    tokens = 1 if n == 1 else 2 if n == 2 or activation == "float" else 4 if n <= 4 else 8
+    blocks = -(-chunks(k) // _BLOCK_CHUNKS)
+    return (
+        *(
+            c
+            for c in CONFIGS
+            if c.tokens == tokens
+            and (c.longest is None or k <= c.longest)
+            and _shared_bytes(c, _columns(c, x_dtype, activation), min(blocks, c.step)) <= _shared_limit(device)
+        ),
+        _ANY,
+    )
 
 
 def _shared_limit(device: DeviceFacts) -> int:
@@ -121,39 +123,31 @@ def _shared_limit(device: DeviceFacts) -> int:
     return device.block_shared_bytes - _STATIC_SHARED_BYTES
 
 
-def _pitch(activation: str, staged_chunks: int) -> int:
-    """16-byte pieces from one piece of a chunk's activations to the next.
-
-    int8 is written in words of 4 bytes, four to a piece: a pitch of 2 mod 4 spreads them over the banks. float32 is
-    written in whole pieces, which an odd pitch spreads.
-    """
-    return staged_chunks + (2 - staged_chunks) % 4 if activation == "int8" else staged_chunks | 1
+def _columns(config: ProductConfig, x_dtype: str, activation: str) -> int:
+    """Columns of activations in shared memory: one a token, or one a digit."""
+    return config.tokens * (1 if activation == "int8" else 6 if x_dtype == "float32" else 4)
 
 
-def _staged_bytes(config: ProductConfig, activation: str, staged_chunks: int) -> int:
-    """Shared memory for the activations of so many chunks."""
-    pieces = 4 if activation == "int8" else 16
-    return config.tokens * pieces * _pitch(activation, staged_chunks) * 16
+def _shared_bytes(config: ProductConfig, columns: int, blocks: int) -> int:
+    """Dynamic shared memory: the activations of so many blocks of 256 k, and two sets of partial sums."""
+    return blocks * 4 * (columns * _BLOCK_CHUNKS + 1) * 16 + 2 * config.threads // 32 * columns * _BLOCK_ROWS * 4
 
 
-def product_spec(x_dtype: str, norm: bool, activation: str, config: ProductConfig) -> KernelSpec:
-    """The specialisation for one kernel shape."""
-    held = config.held
-    if x_dtype == "int8" or not (norm or activation == "int8"):
-        held = 0  # x is looked at once
-    elif held > 4 and (x_dtype == "float32" or activation == "float"):
-        held = 0  # eight vectors beside wide gammas or many partial sums would spill
+def product_spec(x_dtype: str, gamma: str | None, aligned: bool, activation: str, config: ProductConfig) -> KernelSpec:
+    """The specialisation for one kernel shape. gamma: its dtype, None without a norm."""
     return KernelSpec(
-        "rmsnorm_ternary_matmul.cu" if norm else "ternary_matmul.cu",
+        "ternary_matmul.cu" if gamma is None else "rmsnorm_ternary_matmul.cu",
         (
             ("X_T", X_TYPES[x_dtype]),
+            *(() if gamma is None else (("GAMMA_F32", str(int(gamma == "float32"))),)),
+            ("ALIGNED", str(int(aligned))),
             ("INT8", "1" if activation == "int8" else "0"),
             ("TOKENS", str(config.tokens)),
-            ("LANES", str(config.lanes)),
-            ("ROWS", str(config.rows)),
+            ("SPREAD", str(config.spread)),
+            ("SPLIT", str(config.split)),
             ("AHEAD", str(config.ahead)),
             ("THREADS", str(config.threads)),
-            ("HELD", str(held)),
+            ("HELD", str(config.held)),
             ("RESIDENT", str(config.resident)),
         ),
     )
@@ -165,22 +159,22 @@ def product_launch(
     n: int,
     k: int,
     x_dtype: str,
-    norm: bool,
+    gamma: str | None,
+    aligned: bool,
     activation: str,
     device: DeviceFacts,
     config: ProductConfig | None = None,
 ) -> ProductLaunch:
     """The launch for y[n, m] over k features; `config` overrides the choice (for tuning)."""
-    config = config or choose_config(m, n, k, activation, device)
-    row = chunks(k)
-    steps = -(-row // config.step)
-    slice_steps = steps
-    while slice_steps > 1 and _staged_bytes(config, activation, min(row, slice_steps * config.step)) > _shared_limit(
+    config = config or choose_config(m, n, k, x_dtype, aligned, activation, device)
+    blocks = -(-chunks(k) // (_BLOCK_CHUNKS * config.spread)) * config.spread
+    slice_steps = -(-blocks // config.step)
+    columns = _columns(config, x_dtype, activation)
+    while slice_steps > 1 and _shared_bytes(config, columns, min(blocks, slice_steps * config.step)) > _shared_limit(
         device
     ):
         slice_steps -= 1
-    staged = min(row, slice_steps * config.step)
-    shared = _staged_bytes(config, activation, staged)
+    shared = _shared_bytes(config, columns, min(blocks, slice_steps * config.step))
 
     # A persistent grid: as many blocks as are resident, evened out so that each has the same number of tiles.
     resident = min(
@@ -192,13 +186,14 @@ def product_launch(
     token_blocks = min(-(-n // config.tokens), 65535)
     columns = max(device.multiprocessors * resident // token_blocks, 1)
     grid = -(-tiles // -(-tiles // columns))
-
+    aligned = aligned and (config != _ANY or x_dtype == "float32")  # as product_specs enumerates them
     launch = Launch(
-        product_spec(x_dtype, norm, activation, config), (grid, token_blocks, 1), (config.threads, 1, 1), shared
+        product_spec(x_dtype, gamma, aligned, activation, config),
+        (grid, token_blocks, 1),
+        (config.threads, 1, 1),
+        shared,
     )
-    if os.environ.get("EDGELLM_PRINT_CONFIG") == "1":
-        print(f"edgellm: M={m} N={n} K={k} {x_dtype} {activation}: {launch}", file=sys.stderr)
-    return ProductLaunch(launch, config, slice_steps, _pitch(activation, staged))
+    return ProductLaunch(launch, config, slice_steps)
 
 
 def norm_spec(x_dtype: str) -> KernelSpec:
@@ -206,24 +201,17 @@ def norm_spec(x_dtype: str) -> KernelSpec:
     return KernelSpec("rmsnorm.cu", (("X_T", X_TYPES[x_dtype]), ("THREADS", str(NORM_THREADS))))
 
 
-def quantise_spec(x_dtype: str, norm: bool) -> KernelSpec:
-    """rmsnorm_quantise.cu for x's dtype, with or without the norm."""
-    return KernelSpec(
-        "rmsnorm_quantise.cu",
-        (("X_T", X_TYPES[x_dtype]), ("NORM", str(int(norm))), ("THREADS", str(NORM_THREADS))),
-    )
-
-
 def product_specs() -> Iterator[KernelSpec]:
-    """Every specialisation of norm, quantisation and product that dispatch can reach."""
-    floats = ("float16", "bfloat16", "float32")
-    for dtype in floats:
+    """Every specialisation of norm and product that dispatch can reach."""
+    for dtype in X_TYPES:
         yield norm_spec(dtype)
-        yield quantise_spec(dtype, True)
-        yield quantise_spec(dtype, False)
-    for config in CONFIGS:
-        for dtype in floats:
-            for norm in (False, True):
-                for activation in ("float", "int8"):
-                    yield product_spec(dtype, norm, activation, config)
-        yield product_spec("int8", False, "int8", config)
+    for dtype in X_TYPES:
+        for gamma in dict.fromkeys((None, "float32", dtype)):
+            for activation in ("float", "int8"):
+                for aligned in (False, True):
+                    if not aligned or dtype == "float32":
+                        yield product_spec(dtype, gamma, aligned, activation, _ANY)
+                    else:
+                        for config in CONFIGS:
+                            if activation == "int8" or config.tokens <= 2:
+                                yield product_spec(dtype, gamma, aligned, activation, config)

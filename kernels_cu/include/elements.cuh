@@ -135,11 +135,12 @@ struct Gamma {
   const void* data;
   bool is_float32, aligned;
 
-  __device__ __forceinline__ Gamma(const void* data, int is_float32, int k)
+  // `known_aligned`: the caller knows that four elements can be loaded at once.
+  __device__ __forceinline__ Gamma(const void* data, int is_float32, int k, bool known_aligned = false)
       : data(data),
         is_float32(is_float32),
-        aligned(is_float32 ? rows_aligned(static_cast<const float*>(data), k)
-                           : rows_aligned(static_cast<const X*>(data), k)) {}
+        aligned(known_aligned || (is_float32 ? rows_aligned(static_cast<const float*>(data), k)
+                                             : rows_aligned(static_cast<const X*>(data), k))) {}
   __device__ __forceinline__ Four load(int k, int length) const {
     if (sizeof(X) == sizeof(float) || is_float32)
       return {load_quad(static_cast<const float*>(data), k, length, aligned)};

@@ -13,10 +13,12 @@ from edgellm_cupy import verify
 from edgellm_cupy.arguments import FLOAT16, FLOAT32
 from edgellm_cupy.formats.checkpoint import Checkpoint
 from edgellm_cupy.kernels import KernelSpec
+from edgellm_cupy.ops import enqueue
 from edgellm_cupy.reference.accuracy import check
 from edgellm_cupy.tuning import specialisations
 from edgellm_cupy.tuning.decoder import ARGMAX, decoder_specs
 from edgellm_cupy.tuning.device import DeviceFacts
+from edgellm_cupy.tuning.gemm import gemm_specs
 from edgellm_cupy.tuning.product import product_launch, product_specs
 from tests.emulated import H200, T4, TINY, emulated_gpu, new_emulator, poisoned
 from tests.emulator import ORDERS, Emulator
@@ -56,11 +58,12 @@ def test_operations(emulator, reached, case):
     y_dtype = FLOAT16 if case.dtype == FLOAT32 else FLOAT32
     with emulated_gpu(emulator) as gpu:
         out = poisoned((case.n, case.m), y_dtype)
-        ec.rmsnorm_ternary_matmul(p["x"], p["gamma"], weight, 1e-5, case.activation, p["residual"], case.strategy, out)
-        product = ec.ternary_matmul(p["x"], weight, case.activation)
-        normed = ec.rmsnorm(p["x"], p["gamma"], 1e-5)
+        x, gamma = p["x"], p["gamma"]
+        enqueue.product(gpu.cupy, x, gamma, weight, 1e-5, case.activation, p["residual"], case.choice, out)
+        product = poisoned((case.n, case.m), x.dtype)
+        enqueue.product(gpu.cupy, x, None, weight, 0.0, case.activation, None, case.choice, product)
+        normed = ec.rmsnorm(x, gamma, 1e-5)
     reached |= gpu.launched
-    x, gamma = p["x"], p["gamma"]
     message = check(out, x, gamma, weight, eps=1e-5, activation=case.activation, residual=p["residual"])
     assert message is None, message
     message = check(product, x, None, weight, activation=case.activation)
@@ -70,7 +73,7 @@ def test_operations(emulator, reached, case):
 
 
 def test_the_cases_reach_every_specialisation_of_the_operations(reached):
-    missing = set(product_specs()) - reached
+    missing = {*product_specs(), *gemm_specs()} - reached
     assert not missing, f"{len(missing)} not run, such as {next(iter(missing)).name}"
 
 
@@ -122,7 +125,8 @@ def test_rows_that_start_anywhere(emulator):
 
 @pytest.mark.parametrize(
     ("dtype", "activation", "tolerance"),
-    [("float32", "float", 2e-6), ("float32", "int8", 2e-6), ("float16", "int8", 2e-6), ("bfloat16", "float", 2e-3)],
+    # int8 in float32: one activation that float32 rounding tips over a tie moves by 1 / 127 of its absmax.
+    [("float32", "float", 2e-6), ("float32", "int8", 2e-2), ("float16", "int8", 2e-6), ("bfloat16", "float", 2e-3)],
 )
 def test_decoder_equals_the_reference(emulator, dtype, activation, tolerance):
     checkpoint = Checkpoint.random(TINY_MODEL, seed=1)
@@ -228,6 +232,7 @@ def test_every_launch_fits_every_promised_gpu():
         for n in (1, 2, 3, 5, 9, 300):
             for k in (1, 576, 1985, 2560, 8193, 16385, 28672, 200_001):
                 for activation in ("float", "int8"):
-                    plan = product_launch(576, n, k, "float16", True, activation, facts)
-                    assert plan.launch.shared_bytes + 2048 <= facts.block_shared_bytes, (facts, n, k, activation)
-                    assert plan.launch.block[0] * plan.config.resident <= facts.threads or plan.config.resident == 1
+                    for dtype in ("float16", "float32"):
+                        plan = product_launch(576, n, k, dtype, "float32", k % 4 == 0, activation, facts)
+                        assert plan.launch.shared_bytes + 2048 <= facts.block_shared_bytes, (facts, n, k, activation)
+                        assert plan.launch.block[0] * plan.config.resident <= facts.threads

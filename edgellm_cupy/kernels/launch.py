@@ -1,0 +1,118 @@
+"""cuLaunchKernelEx: the one driver call that CuPy does not wrap.
+
+CuPy's own launch has no launch attributes, and of those we need one: programmatic dependent launch (compute capability
+9.0 and newer), with which a kernel starts while its predecessor still runs, loads its weights, and waits for it inside
+(kernels_cu/include/ptx.cuh). Inside a capture the same call records a programmatic edge of the graph.
+https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__EXEC.html
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+Shape = tuple[tuple[int, ...], tuple[int, ...], int]  # grid, block, dynamic shared memory in bytes
+
+_PARAMETER_BUFFER, _PARAMETER_BYTES, _END = 1, 2, 0  # CU_LAUNCH_PARAM_*
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_*
+_INVALID_CONTEXT = 201
+
+
+class _Attribute(ctypes.Structure):  # CUlaunchAttribute
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
+
+
+class _Configuration(ctypes.Structure):  # CUlaunchConfig
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attribute_count", ctypes.c_uint),
+    ]
+
+
+_OVERLAP = (_Attribute * 1)(_Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, b"", 1))
+_overlap = os.environ.get("EDGELLM_OVERLAP") != "0"
+_lock = threading.Lock()  # a launcher's buffers are filled, then read by the driver, without the GIL
+
+
+@contextmanager
+def overlap(enabled: bool) -> Iterator[None]:
+    """Whether launches (and captures) inside the block may start before their predecessor has ended. The default is
+    yes, unless EDGELLM_OVERLAP=0. Results are the same; it is there to measure and to debug."""
+    global _overlap
+    before, _overlap = _overlap, enabled
+    try:
+        yield
+    finally:
+        _overlap = before
+
+
+@cache
+def _driver() -> Any:
+    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1").cuLaunchKernelEx
+
+
+class Launcher:
+    """Launches one function of the driver, with buffers that are made once.
+
+    Args:
+        function: CUfunction.
+        parameters: the kernel's parameters as a format of `struct`.
+        may_overlap: the device knows programmatic dependent launch, and the kernel waits for its predecessors itself.
+    """
+
+    def __init__(self, function: int, parameters: str, may_overlap: bool):
+        self._function, self._may_overlap = ctypes.c_void_p(function), may_overlap
+        self._pack = struct.Struct(parameters)
+        self._pointers = parameters.count("P")
+        self._buffer = ctypes.create_string_buffer(self._pack.size)
+        self._size = ctypes.c_size_t(self._pack.size)
+        self._extra = (ctypes.c_void_p * 5)(
+            _PARAMETER_BUFFER, ctypes.addressof(self._buffer), _PARAMETER_BYTES, ctypes.addressof(self._size), _END
+        )
+        self._configurations: dict[Shape, _Configuration] = {}
+
+    def __call__(self, stream: int, shape: Shape, args: tuple[Any, ...]) -> None:
+        """Enqueue on `stream`. args: CuPy arrays, None, numbers.
+
+        Raises:
+            struct.error: the arguments are not what the kernel declares.
+            CUDADriverError: the driver refused the launch.
+        """
+        values = [a if a.__class__ is int else _value(a) for a in args]
+        configuration = self._configurations.get(shape)
+        if configuration is None:
+            configuration = self._configurations[shape] = _Configuration(
+                shape[0], shape[1], shape[2], None, ctypes.cast(_OVERLAP, ctypes.POINTER(_Attribute))
+            )
+        with _lock:
+            self._pack.pack_into(self._buffer, 0, *values)
+            configuration.stream = stream
+            configuration.attribute_count = self._may_overlap and _overlap
+            status = _driver()(ctypes.byref(configuration), self._function, None, self._extra)
+            if status == _INVALID_CONTEXT:  # a new thread: the runtime's context is not yet the driver's current one
+                import cupy
+
+                cupy.cuda.Device().use()
+                status = _driver()(ctypes.byref(configuration), self._function, None, self._extra)
+        if status:
+            from cupy_backends.cuda.api.driver import CUDADriverError
+
+            raise CUDADriverError(status)
+
+
+def _value(a: Any) -> Any:
+    """What goes into the parameter buffer: an array's address, zero for None, a number as it is."""
+    if a is None:
+        return 0
+    data = getattr(a, "data", None)
+    return getattr(data, "ptr", a)

@@ -1,0 +1,232 @@
+"""Launch configurations of the tensor-core product for many tokens: pure functions of (problem, device).
+
+`choose_gemm` compares the enumerated tile shapes by a small model of what bounds each; `gemm_specs` lists everything
+that dispatch can reach. kernels_cu/ternary_gemm.cu draws the tiles, kernels_cu/include/fragments.cuh their contents.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ..formats.packing import CHUNK_BYTES, chunks
+from ..kernels.spec import KernelSpec, Launch
+from .device import DeviceFacts
+
+QUANTISE_TILES_THREADS = 256
+PLANES = {"float16": 1, "bfloat16": 1, "float32": 2}
+"""float16 planes that hold a float activation of x's dtype; int8 activations are one plane of their own."""
+
+_X_TYPES = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float"}
+_BLOCK_CHUNKS, _TILE_COLUMNS, _TILE_ROWS = 4, 8, 16  # fragments.cuh
+_PIECES = {"int8": 4, "float": 8}  # 16-byte pieces of a chunk's activations
+_STATIC_SHARED_BYTES = 2048  # reserved for the kernel's static shared memory
+_RESERVED_SHARED_BYTES = 1024  # of each block, by CUDA itself
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """The tile shape of a block, and how deep its pipeline is.
+
+    Attributes:
+        row_tiles: tiles of 16 rows that a warp computes.
+        column_tiles: tiles of 8 columns that a warp computes.
+        warp_rows: warps one below the other.
+        warp_columns: warps side by side.
+        splits: groups of warp_rows * warp_columns warps that share the block's K.
+        stages: steps of `splits` * 256 k in shared memory, 2 to 4; fewer where they do not fit.
+        resident: blocks a multiprocessor that the compiler leaves registers for.
+    """
+
+    row_tiles: int
+    column_tiles: int
+    warp_rows: int
+    warp_columns: int
+    splits: int
+    stages: int
+    resident: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block."""
+        return _TILE_ROWS * self.row_tiles * self.warp_rows
+
+    @property
+    def columns(self) -> int:
+        """Columns of a block: tokens, or planes of tokens."""
+        return _TILE_COLUMNS * self.column_tiles * self.warp_columns
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warp_rows * self.warp_columns * self.splits
+
+    def stage_bytes(self, activation: str) -> int:
+        """Shared memory of one stage."""
+        chunk_bytes = CHUNK_BYTES * (self.rows + _PIECES[activation] * self.columns)
+        return self.splits * _BLOCK_CHUNKS * chunk_bytes
+
+    def shared_bytes(self, activation: str, planes: int, stages: int) -> int:
+        """Dynamic shared memory: the stages, and afterwards the sums of every group on their way to y."""
+        exchange = 4 * self.splits * (self.columns // planes) * (self.rows + 4 * planes)
+        return max(stages * self.stage_bytes(activation), exchange)
+
+    def fitting_stages(self, activation: str, planes: int, device: DeviceFacts) -> int:
+        """Stages for this device, at most `stages`; below 2: it cannot run there."""
+        limit = device.block_shared_bytes - _STATIC_SHARED_BYTES
+        stages = self.stages
+        while stages and self.shared_bytes(activation, planes, stages) > limit:
+            stages -= 1
+        return stages
+
+    def serves(self, planes: int) -> bool:
+        """Two planes keep a second set of sums, for which the largest warp tiles have no registers."""
+        return planes == 1 or self.row_tiles * self.column_tiles <= 16
+
+
+GEMM_CONFIGS = (
+    GemmConfig(1, 1, 1, 1, 8, 2, 2),  # 16 x 8
+    GemmConfig(1, 2, 1, 1, 8, 2, 2),  # 16 x 16
+    GemmConfig(2, 4, 1, 1, 4, 2, 3),  # 32 x 32
+    GemmConfig(2, 4, 1, 2, 2, 3, 2),  # 32 x 64
+    GemmConfig(2, 2, 2, 2, 1, 4, 4),  # 64 x 32: the one that fits every device
+    GemmConfig(2, 4, 2, 2, 2, 2, 1),  # 64 x 64
+    GemmConfig(4, 4, 2, 2, 1, 3, 2),  # 128 x 64
+    GemmConfig(4, 8, 4, 1, 1, 3, 2),  # 256 x 64
+    GemmConfig(4, 8, 4, 2, 1, 3, 1),  # 256 x 128
+)
+
+
+@dataclass(frozen=True)
+class GemmLaunch:
+    """A launch of the product, with the number that its kernel takes beside the problem.
+
+    Attributes:
+        stages: steps that its shared memory holds.
+    """
+
+    launch: Launch
+    config: GemmConfig
+    stages: int
+
+
+def gemm_candidates(
+    m: int, n: int, k: int, activation: str, planes: int, device: DeviceFacts
+) -> tuple[GemmConfig, ...]:
+    """Every enumerated configuration that can compute y[n, m] over k features on this device."""
+    return tuple(c for c in GEMM_CONFIGS if c.serves(planes) and c.fitting_stages(activation, planes, device) >= 2)
+
+
+def choose_gemm(m: int, n: int, k: int, activation: str, planes: int, device: DeviceFacts) -> GemmConfig:
+    """The configuration that the model below expects to be fastest."""
+    return min(
+        gemm_candidates(m, n, k, activation, planes, device),
+        key=lambda config: _microseconds(config, m, n, k, activation, planes, device),
+    )
+
+
+# A multiprocessor of an H200, measured or fitted to measurements; the choice depends on their proportions only.
+_MACS_PER_US = {"int8": 3.6e6, "float": 1.9e6}
+_BYTES_PER_US = 4.0e4  # from L2
+_BLOCK_US, _STEP_US = 1.6, 0.25  # what a block, and each of its steps, takes however small it is
+
+
+def _microseconds(
+    config: GemmConfig, m: int, n: int, k: int, activation: str, planes: int, device: DeviceFacts
+) -> float:
+    steps = -(-_blocks(k) // config.splits)
+    grid = -(-m // config.rows) * -(-n * planes // config.columns)
+    resident = _resident(config, activation, planes, device)
+    waves = -(-grid // (device.multiprocessors * resident))
+    together = min(resident, -(-grid // device.multiprocessors))
+    macs = config.splits * 256 * config.rows * config.columns
+    step = max(
+        together * macs / _MACS_PER_US[activation], together * config.stage_bytes(activation) / _BYTES_PER_US, _STEP_US
+    )
+    return waves * (_BLOCK_US + steps * step)
+
+
+def _blocks(k: int) -> int:
+    """Blocks of 256 features."""
+    return -(-chunks(k) // _BLOCK_CHUNKS)
+
+
+def _resident(config: GemmConfig, activation: str, planes: int, device: DeviceFacts) -> int:
+    """Blocks that run on one multiprocessor at a time."""
+    stages = config.fitting_stages(activation, planes, device)
+    block = config.shared_bytes(activation, planes, stages) + _STATIC_SHARED_BYTES + _RESERVED_SHARED_BYTES
+    return max(min(config.resident, device.shared_bytes // block, device.threads // config.threads), 1)
+
+
+@lru_cache(maxsize=4096)
+def gemm_launch(
+    m: int, n: int, k: int, activation: str, planes: int, device: DeviceFacts, config: GemmConfig | None = None
+) -> GemmLaunch:
+    """The launch for y[n, m] over k features; `config` overrides the choice (for tuning)."""
+    config = config or choose_gemm(m, n, k, activation, planes, device)
+    stages = config.fitting_stages(activation, planes, device)
+    grid = -(-m // config.rows) * -(-n * planes // config.columns)
+    shared = config.shared_bytes(activation, planes, stages)
+    launch = Launch(gemm_spec(activation, planes, config), (grid, 1, 1), (config.threads, 1, 1), shared)
+    if os.environ.get("EDGELLM_PRINT_CONFIG") == "1":
+        print(f"edgellm: M={m} N={n} K={k} {activation}: {launch}", file=sys.stderr)
+    return GemmLaunch(launch, config, stages)
+
+
+def gemm_spec(activation: str, planes: int, config: GemmConfig) -> KernelSpec:
+    """The specialisation of ternary_gemm.cu for one tile shape."""
+    return KernelSpec(
+        "ternary_gemm.cu",
+        (
+            ("INT8", str(int(activation == "int8"))),
+            ("PLANES", str(planes)),
+            ("ROW_TILES", str(config.row_tiles)),
+            ("COLUMN_TILES", str(config.column_tiles)),
+            ("WARP_ROWS", str(config.warp_rows)),
+            ("WARP_COLUMNS", str(config.warp_columns)),
+            ("THREADS", str(config.threads)),
+            ("RESIDENT", str(config.resident)),
+        ),
+    )
+
+
+def quantise_tiles_spec(x_dtype: str, norm: bool, activation: str, planes: int) -> KernelSpec:
+    """The specialisation of quantise_tiles.cu that makes the product's activations."""
+    return KernelSpec(
+        "quantise_tiles.cu",
+        (
+            ("X_T", _X_TYPES[x_dtype]),
+            ("NORM", str(int(norm))),
+            ("INT8", str(int(activation == "int8"))),
+            ("PLANES", str(planes)),
+            ("THREADS", str(QUANTISE_TILES_THREADS)),
+        ),
+    )
+
+
+def quantise_tiles_launch(n: int, k: int, x_dtype: str, norm: bool, activation: str) -> Launch:
+    """The launch of the prepass for n tokens of k features."""
+    planes = 1 if activation == "int8" else PLANES[x_dtype]
+    spec = quantise_tiles_spec(x_dtype, norm, activation, planes)
+    return Launch(spec, (n, 1, 1), (QUANTISE_TILES_THREADS, 1, 1), 0)
+
+
+def tile_shape(n: int, k: int, activation: str, planes: int) -> tuple[int, ...]:
+    """Shape of the uint8 workspace between the two: column tile, block of 256 k, piece, column, chunk, byte."""
+    column_tiles = -(-n * planes // _TILE_COLUMNS)
+    return column_tiles, _blocks(k), _PIECES[activation], _TILE_COLUMNS, _BLOCK_CHUNKS, CHUNK_BYTES
+
+
+def gemm_specs() -> Iterator[KernelSpec]:
+    """Every specialisation of the two kernels that dispatch can reach."""
+    for dtype, planes in PLANES.items():
+        for norm in (False, True):
+            yield quantise_tiles_spec(dtype, norm, "int8", 1)
+            yield quantise_tiles_spec(dtype, norm, "float", planes)
+    for activation, planes in (("int8", 1), ("float", 1), ("float", 2)):
+        for config in GEMM_CONFIGS:
+            if config.serves(planes):
+                yield gemm_spec(activation, planes, config)

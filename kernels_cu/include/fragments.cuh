@@ -1,0 +1,143 @@
+// Ternary weights and activations as operands of the tensor cores: weights are A (16 rows), activations B (8 columns).
+//
+// A warp works on a *block* of 16 rows x 256 k at a time. Lane 4 g + q holds chunk q of the block's four (64 k, 16 bytes:
+// formats/packing.py) of rows g and g + 8:
+//
+//                 k     0 .. 63   64 .. 127   128 .. 191   192 .. 255
+//     rows g, g + 8       q = 0       q = 1        q = 2        q = 3        g = 0 .. 7
+//
+// Which k an instruction's operand slots stand for is free, as long as A and B agree. So a lane feeds them from its own
+// chunk: a *field* is four consecutive k, 4 f .. 4 f + 3 for f = 0 .. 15, and lies under one mask in word f / 4 of the
+// chunk. int8: an instruction takes two fields (32 k over the quad of lanes), float16: one (16 k).
+//
+// B operands are laid out for one 16-byte load a lane: a *piece* is what a lane needs for four fields (int8) or for two
+// (float16), of its column g and its chunk q. Piece p of a block with `columns` columns lies at 16-byte index
+//
+//     (p * columns + column) * 4 + q
+//
+// so that the lanes of a warp read consecutive 16 bytes. Within a piece the fields follow one another; four k in int8
+// are four bytes, in float16 eight: k = 0, 2, 1, 3, the order in which two masks find the codes.
+//
+// int8: codes u = t + 1 are used as they are; sum(t q) = sum(u q) - sum(q), the latter once a token. Sums are exact in int32.
+// float: t itself as float16, times activations that are brought to at most 2^15 by a power of two a token. One float16
+// plane keeps 11 bits of an activation, two planes (high, and what is left times 2^12: two columns) keep 22. Elements
+// below 2^-29 of the token's largest are no longer normal float16 in the high plane; two planes still hold them.
+#pragma once
+#include "ptx.cuh"
+
+constexpr int kBlockRows = 16, kBlockChunks = 4, kColumns = 8;
+
+template <bool kInt8>
+struct Fragments;
+
+template <>
+struct Fragments<true> {
+  using Sum = int;
+  static constexpr int kPieces = 4;    // 16-byte pieces of a chunk's activations
+  static constexpr int kOperands = 2;  // instructions a word of weights
+  static constexpr int kPiecesOfWord = 1;
+
+  // Word j of the lane's two chunks as A operands.
+  static __device__ __forceinline__ void unpack(unsigned (&a)[kOperands][4], unsigned low, unsigned high) {
+#pragma unroll
+    for (int o = 0; o < 2; ++o) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int shift = 4 * o + 2 * half;
+        a[o][2 * half] = (low >> shift) & 0x03030303u;
+        a[o][2 * half + 1] = (high >> shift) & 0x03030303u;
+      }
+    }
+  }
+  // sums += the word's codes times its pieces.
+  static __device__ __forceinline__ void multiply(int (&sums)[4], const unsigned (&a)[kOperands][4],
+                                                  const uint4 (&b)[kPiecesOfWord]) {
+    mma_u8s8(sums, a[0], b[0].x, b[0].y);
+    mma_u8s8(sums, a[1], b[0].z, b[0].w);
+  }
+};
+
+template <>
+struct Fragments<false> {
+  using Sum = float;
+  static constexpr int kPieces = 8;
+  static constexpr int kOperands = 4;
+  static constexpr int kPiecesOfWord = 2;
+
+  // Two codes, at bits 2 i of the halves of `word`, as float16: under the exponent of 1024, whose last bit is worth one,
+  // the codes read 1024 + u 4^i; one fma makes them t. No shift is needed.
+  template <int i>
+  static __device__ __forceinline__ unsigned ternary_f16x2(unsigned word) {
+    constexpr unsigned kScale[4] = {0x3c003c00u, 0x34003400u, 0x2c002c00u, 0x24002400u};   // 4^-i
+    constexpr unsigned kOffset[4] = {0xe401e401u, 0xdc04dc04u, 0xd410d410u, 0xcc40cc40u};  // -(1024 4^-i + 1)
+    return fma_f16x2((word & (0x00030003u << (2 * i))) | 0x64006400u, kScale[i], kOffset[i]);
+  }
+  template <int i>
+  static __device__ __forceinline__ void unpack_field(unsigned (&a)[4], unsigned low, unsigned high) {
+    a[0] = ternary_f16x2<i>(low);
+    a[1] = ternary_f16x2<i>(high);
+    a[2] = ternary_f16x2<i>(low >> 8);
+    a[3] = ternary_f16x2<i>(high >> 8);
+  }
+  static __device__ __forceinline__ void unpack(unsigned (&a)[kOperands][4], unsigned low, unsigned high) {
+    unpack_field<0>(a[0], low, high);
+    unpack_field<1>(a[1], low, high);
+    unpack_field<2>(a[2], low, high);
+    unpack_field<3>(a[3], low, high);
+  }
+  static __device__ __forceinline__ void multiply(float (&sums)[4], const unsigned (&a)[kOperands][4],
+                                                  const uint4 (&b)[kPiecesOfWord]) {
+    mma_f16(sums, a[0], b[0].x, b[0].y);
+    mma_f16(sums, a[1], b[0].z, b[0].w);
+    mma_f16(sums, a[2], b[1].x, b[1].y);
+    mma_f16(sums, a[3], b[1].z, b[1].w);
+  }
+};
+
+// Four activations, scaled to at most 2^15, as the eight bytes of a field: the high plane, and the low one.
+constexpr float kLowPlane = 4096.f;  // the low plane holds what the high one leaves, times this
+
+__device__ __forceinline__ unsigned f16_bits(float v) {
+  return __half_as_ushort(__float2half_rn(v));
+}
+__device__ __forceinline__ uint2 high_plane(float4 v) {
+  return make_uint2(f16_bits(v.x) | f16_bits(v.z) << 16, f16_bits(v.y) | f16_bits(v.w) << 16);
+}
+__device__ __forceinline__ float left_by_f16(float v) {
+  return (v - __half2float(__float2half_rn(v))) * kLowPlane;
+}
+__device__ __forceinline__ uint2 low_plane(float4 v) {
+  return high_plane(make_float4(left_by_f16(v.x), left_by_f16(v.y), left_by_f16(v.z), left_by_f16(v.w)));
+}
+
+// Byte b of four words, side by side.
+__device__ __forceinline__ unsigned gather_bytes(const unsigned (&words)[4], int b) {
+  const unsigned pick = unsigned(b | (b + 4) << 4);
+  return __byte_perm(__byte_perm(words[0], words[1], pick), __byte_perm(words[2], words[3], pick), 0x5410u);
+}
+
+// Four activations, scaled to less than 2^15, in digits of base 256 between -128 and 127: word d holds digit d of each, the
+// highest digit first, and counts 256^-d. Four digits are the nearest multiple of 2^-15, six that of 2^-31.
+constexpr float kTopDigit = 512.f;  // what the highest digit counts
+
+template <int kDigits>
+__device__ __forceinline__ void digits4(unsigned (&digits)[kDigits], float4 v) {
+  static_assert(kDigits == 4 || kDigits == 6, "four digits of 2^-15 and up, and two below");
+  constexpr float kUnit = 0x1p15f, kBelow = 0x1p16f, kMostBelow = 32639.f;  // 127 * 256 + 127
+  const float scaled[4] = {v.x * kUnit, v.y * kUnit, v.z * kUnit, v.w * kUnit};
+  unsigned high[4], low[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int fixed = __float2int_rn(scaled[i]);
+    // Adding 128 to a byte carries where it is to be negative.
+    high[i] = (unsigned(fixed) + 0x00808080u) ^ 0x00808080u;
+    const int rest = __float2int_rn(fminf((scaled[i] - __int2float_rn(fixed)) * kBelow, kMostBelow));
+    low[i] = ((unsigned(rest) + 0x0080u) ^ 0x0080u) & 0xffffu;
+  }
+#pragma unroll
+  for (int d = 0; d < 4; ++d) digits[d] = gather_bytes(high, 3 - d);
+  if constexpr (kDigits == 6) {
+    digits[4] = gather_bytes(low, 1);
+    digits[5] = gather_bytes(low, 0);
+  }
+}
