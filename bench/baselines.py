@@ -15,6 +15,8 @@ from typing import Any
 
 import edgellm_cupy as ec
 
+from .metrics import Metric, measured, missing
+
 # cublas_api.h and library_types.h; the values have been the same since CUDA 11.
 _OP_N, _OP_T = 0, 1
 _CUDA_R_16F = 2
@@ -26,6 +28,15 @@ _WORKSPACE_BYTES = 32 << 20  # what cuBLAS itself takes on Hopper; less on older
 
 class BaselineUnavailableError(ec.EdgeLLMError):
     """A baseline's library is missing or refuses; the message is the reason that the report shows."""
+
+
+def load_cublas() -> tuple[CuBlas | BaselineUnavailableError, Metric]:
+    """cuBLAS, or why there is none; and which one, as a figure of the report."""
+    try:
+        cublas = CuBlas()
+    except BaselineUnavailableError as e:
+        return e, missing(str(e))
+    return cublas, measured(cublas.version, library=cublas.library)
 
 
 class CuBlas:

@@ -29,6 +29,8 @@ class Context:
         no_gpu: why there is no GPU to measure, in one line; None when `backend` is ``"cuda"``.
         quick: shorter windows and fewer samples, for a first look; reports say so.
         progress: called with a line for each step that begins.
+        tokens: measure the table of shapes for these numbers of tokens (:mod:`.table`) in place of the workload's
+            products; empty: the workload's.
         failures: one line for each kernel that failed its check against the reference.
     """
 
@@ -36,6 +38,7 @@ class Context:
     no_gpu: str | None
     quick: bool = False
     progress: Callable[[str], None] = _silent
+    tokens: tuple[int, ...] = ()
     failures: list[str] = field(default_factory=list)
 
     @property

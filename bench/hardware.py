@@ -196,10 +196,8 @@ def gpu() -> dict[str, Metric]:
         "sm_count": measured(properties["multiProcessorCount"]),
         "l2_bytes": measured(properties["l2CacheSize"], "bytes"),
         "driver_version": nvml.driver_version(),
-        "cuda_version": measured(_cuda_version(runtime.runtimeGetVersion()), of="the CUDA runtime that CuPy uses"),
-        "cuda_driver_version": measured(
-            _cuda_version(runtime.driverGetVersion()), of="the newest CUDA the driver runs"
-        ),
+        "cuda_version": measured(cuda_version(runtime.runtimeGetVersion()), of="the CUDA runtime that CuPy uses"),
+        "cuda_driver_version": measured(cuda_version(runtime.driverGetVersion()), of="the newest CUDA the driver runs"),
         "nvrtc_version": measured(nvrtc.version()),
         "cupy_version": measured(cp.__version__),
     }
@@ -208,7 +206,8 @@ def gpu() -> dict[str, Metric]:
     return {key: figures[key] for key in GPU_KEYS}
 
 
-def _cuda_version(number: int) -> str:
+def cuda_version(number: int) -> str:
+    """Such as ``"13.0"`` from CUDA's 13000."""
     return f"{number // 1000}.{number % 1000 // 10}"
 
 

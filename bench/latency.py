@@ -29,7 +29,7 @@ import edgellm_cupy as ec
 from ..reference import accuracy
 from ..tuning import FLOOR_THREADS, floor_spec
 from . import timing
-from .baselines import BaselineUnavailableError, CuBlas
+from .baselines import BaselineUnavailableError, CuBlas, load_cublas
 from .context import Context
 from .hardware import current_nvml_device
 from .metrics import Metric, is_metric, measured, missing
@@ -176,21 +176,14 @@ def _run_cuda(ctx: Context, shapes: Mapping[str, tuple[int, int]]) -> dict[str, 
     rule = timing.QUICK if ctx.quick else StopRule()
     ctx.progress("memory bandwidth")
     bandwidth = measure_bandwidth(ctx, rule)
-    try:
-        cublas: CuBlas | BaselineUnavailableError = CuBlas()
-    except BaselineUnavailableError as e:
-        cublas = e
+    cublas, library = load_cublas()
     products = {}
     with Sampler(condition_probes(current_nvml_device()), interval_s=0.1) as sampler:
         for layer, (m, k) in shapes.items():
             products[layer] = _Product(ctx, Problem.random(layer, m, k), rule, cublas, bandwidth, sampler).measure()
     return {
         "bandwidth": bandwidth,
-        "cublas": (
-            missing(str(cublas))
-            if isinstance(cublas, BaselineUnavailableError)
-            else measured(cublas.version, library=cublas.library)
-        ),
+        "cublas": library,
         "products": products,
     }
 
@@ -417,7 +410,7 @@ def measure_floor(ctx: Context, data: Sequence[Any], l2: str, rule: StopRule) ->
 
     sms = cp.cuda.Device().attributes["MultiProcessorCount"]
     sink = cp.zeros(1, dtype=cp.uint32)
-    words = np.int64(data[0].nbytes // 16)
+    words = data[0].nbytes // 16
 
     def read(a: Any, blocks: int, threads: int, check: bool = False) -> None:
         load(floor_spec(threads, check))((blocks, 1, 1), (threads, 1, 1), (a, words, sink))

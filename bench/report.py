@@ -9,8 +9,11 @@ report.json is one object:
     no_gpu              null, or why no GPU was measured, and what to do about it
     quick               true: shorter windows and fewer samples than a quotable report needs
     command             the command line
+    environment         commit, GPU, driver, CUDA and CPU, also of the report of a single part; `tuned`: how many
+                        choices of `edgellm tune` were in use, and their file or null (since 1.1)
     model               {config, weights, body_bytes, head_bytes}
-    parts               name of a part -> its figures; see the module of that name in edgellm_cupy.bench
+    parts               name of a part -> its figures; see the module of that name in edgellm_cupy.bench. `latency` of a
+                        table of shapes has no products, but `table` and `summary` of :mod:`.table` (since 1.1)
     seconds             name of a part -> how long it took
     errors              name of a part that failed -> {reason, traceback}
     decoder_check       how far the GPU's logits lie from the reference; null on NumPy, which is the reference
@@ -36,9 +39,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import EdgeLLMError
+from . import table_figures
 from .metrics import Metric, is_metric, missing
 
-SCHEMA_VERSION = "1.0.0"
+SCHEMA_VERSION = "1.1.0"
 
 Report = dict[str, Any]
 
@@ -104,10 +108,13 @@ class ReportError(EdgeLLMError):
 def summary(report: Report) -> dict[str, Metric]:
     """The figures of :data:`KEYS` from the report's sections; null with the reason where a section lacks one."""
     sections = {"workload": report["workload"], **report["parts"]}
+    environment = report.get("environment", {})
 
     def figure(key: str, section: str) -> Metric:
         if section in report["errors"]:
             return missing(f"part {section} failed: {report['errors'][section]['reason']}")
+        if section not in sections and key in environment:
+            return environment[key]
         if section not in sections:
             return missing(
                 f"interrupted in or before part {section}" if report["interrupted"] else f"part {section} not run"
@@ -220,8 +227,20 @@ def place(report: Report) -> str:
     """What was measured: the GPU's name, or the NumPy backend with the CPU's name where that is known."""
     if not report["no_gpu"]:
         return report["summary"]["gpu_model"]["value"] or "the GPU"
-    cpu = report["parts"].get("hardware", {}).get("cpu_model", {}).get("value")
+    facts = {**report.get("environment", {}), **report["parts"].get("hardware", {})}
+    cpu = facts.get("cpu_model", {}).get("value")
     return f"the NumPy backend ({cpu})" if cpu else "the NumPy backend"
+
+
+def subject(report: Report) -> str:
+    """What was run: the model's name, or the table of shapes."""
+    table = shapes_table(report)
+    return f"a table of {len(table['shapes'])} shapes" if table else report["model"]["config"]["name"]
+
+
+def shapes_table(report: Report) -> dict[str, Any] | None:
+    """The `table` of :mod:`.table`, if this report has one."""
+    return report["parts"].get("latency", {}).get("table")
 
 
 def warnings(report: Report) -> list[str]:
@@ -258,9 +277,9 @@ def _is_throttled(conditions: dict[str, Any]) -> bool:
 
 
 def _header(report: Report) -> list[str]:
-    model, workload = report["model"], report["workload"]
+    model, workload, environment = report["model"], report["workload"], report.get("environment", {})
     config = model["config"]
-    lines = [f"# edgellm benchmark: {config['name']} on {place(report)}", ""]
+    lines = [f"# edgellm benchmark: {subject(report)} on {place(report)}", ""]
     for warning in warnings(report):
         lines += [f"> **{_escape(warning)}**", ""]
     shape = (
@@ -269,13 +288,19 @@ def _header(report: Report) -> list[str]:
         f"{' gated' if config['gated'] else ''}, vocabulary {config['vocab_size']}, context {config['max_context']}"
     )
     check = report["decoder_check"]
-    facts = {
+    weights = f"{_escape(model['weights'])}; body {model['body_bytes']} bytes, head {model['head_bytes']} bytes"
+    decoder = {
         "Model": shape,
-        "Weights": f"{_escape(model['weights'])}; body {model['body_bytes']} bytes, head {model['head_bytes']} bytes",
+        "Weights": weights,
         "Decoder against the reference": "; ".join(filter(None, [with_unit(check), _detail(check)])),
+    }
+    facts = {
+        **({} if shapes_table(report) else decoder),
         "When": f"{_value(workload['timestamp'])}, parts {sum(report['seconds'].values()):.0f} s",
         "Command": f"`{_escape(report['command'])}`",
         "Program": f"edgellm-cupy {_value(workload['benchmark_version'])}, schema {report['schema_version']}",
+        **({"Source": _source(environment)} if environment else {}),
+        **({"Tuned choices": _tuned(environment["tuned"])} if "tuned" in environment and not report["no_gpu"] else {}),
     }
     return [
         *lines,
@@ -284,6 +309,17 @@ def _header(report: Report) -> list[str]:
         "Intervals are 95 % confidence intervals. `null` is followed by the reason. A series of samples is given by "
         "its median, the main ones also by their statistics; those of all others, and the samples, are in report.json.",
     ]
+
+
+def _source(environment: dict[str, Any]) -> str:
+    """The commit, and whether files differ from it."""
+    modified = environment["git_modified"]["value"] is True
+    return f"commit {_value(environment['git_commit'])}{', with changes' if modified else ''}"
+
+
+def _tuned(tuned: Metric) -> str:
+    """How many choices of `edgellm tune` this run used, and from where."""
+    return f"{_value(tuned)}, of `{_escape(tuned['file'])}`" if tuned.get("file") else _value(tuned)
 
 
 def _section(name: str, figures: dict[str, Any]) -> list[str]:
@@ -309,7 +345,9 @@ _PRODUCT_NOTE = (
 
 def _latency(figures: dict[str, Any]) -> list[str]:
     """A line for each operation on each product, and one for what each product is compared with."""
-    lines = _body({key: value for key, value in figures.items() if key != "products"}, "###")
+    lines = _body({key: value for key, value in figures.items() if key not in ("products", "table", "summary")}, "###")
+    if "table" in figures:
+        return lines + _shapes(figures["table"], figures["summary"])
     rows, yardsticks = [], []
     for layer, product in figures["products"].items():
         size = f"{product['m']} x {product['k']}"
@@ -326,9 +364,23 @@ def _latency(figures: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _shapes(table: dict[str, Any], summary: dict[str, Metric]) -> list[str]:
+    """The table of shapes: its summary, then a line for each shape, number of tokens and activation."""
+    columns = ["shape", "M x K", "N", "activation", *table_figures.COLUMNS.values()]
+    rows = []
+    for line in table_figures.lines(table):
+        cells = [table_figures.cell(line[key]) for key in table_figures.COLUMNS]
+        rows.append([line["shape"] + _marks(line["row"]), line["size"], str(line["n"]), line["activation"], *cells])
+    shapes = [table_figures.NOTES, "", *_table(columns, rows), *_null_reasons(_reasons(table))]
+    return ["", "### Summary of the shapes", *_body(summary, "###"), "", "### Shapes", "", *shapes]
+
+
+def _marks(row: dict[str, Any]) -> str:
+    return f"{'' if row['correct'] else ' **wrong**'}{' **throttled**' if _is_throttled(row['conditions']) else ''}"
+
+
 def _product_row(row: dict[str, Any]) -> list[str]:
     fused = row["op"] == "rmsnorm_ternary_matmul"
-    marks = ["" if row["correct"] else " **wrong**", " **throttled**" if _is_throttled(row["conditions"]) else ""]
     faster = row.get("speedup_over", {})  # none on NumPy
     kernel, floor = row["kernel"], row["ratio_to_floor"]
     figures = [
@@ -338,7 +390,7 @@ def _product_row(row: dict[str, Any]) -> list[str]:
         *(floor["cold"], row["gb_per_s"], row["bandwidth_pct"]),
         *(kernel["warm"], floor["warm"], row["device"], row["end_to_end"]),
     ]
-    return ["".join([row["op"], *marks]), row["activation"], *map(_short, figures)]
+    return [row["op"] + _marks(row), row["activation"], *map(_short, figures)]
 
 
 def _l2(pair: Any, l2: str) -> Any:
@@ -348,7 +400,7 @@ def _l2(pair: Any, l2: str) -> Any:
 
 def _main_series(name: str, figures: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """The series whose spread a reader asks for, as the original benchmark printed it."""
-    if name == "latency":
+    if name == "latency":  # of a table of shapes there are none
         fused = [
             (layer, row)
             for layer, product in figures["products"].items()
@@ -595,7 +647,7 @@ def terminal(report: Report) -> Group:
         table.add_row(key, f"{_short(figure)} {figure.get('unit', '')}".rstrip(), interval)
     nulls = len(report["summary"]) - len(known)
     return Group(
-        Text(f"{report['model']['config']['name']} on {place(report)}", style="bold"),
+        Text(f"{subject(report)} on {place(report)}", style="bold"),
         *(Text(warning, style="yellow") for warning in warnings(report)),
         *((Text(""), table) if table.row_count else ()),
         Text(""),

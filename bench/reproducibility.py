@@ -19,8 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from .. import runtime
 from ..errors import GpuUnavailableError
 from ..kernels import nvrtc
+from ..tuning import tuned
 from ..version import __version__
 from . import hardware, utilisation
 from .context import Context
@@ -65,6 +67,31 @@ def run(ctx: Context) -> dict[str, Any]:
         "blas": _blas(),
         "weights": ctx.checkpoint.source,  # names the seed when they are random
         "prompt_seed": 0,
+    }
+
+
+def environment(ctx: Context) -> dict[str, Metric]:
+    """Where a report comes from, also that of a single part: commit, GPU, driver, CUDA and tuned choices, or CPU."""
+    try:
+        gpu = _gpu() if ctx.no_gpu is None else dict.fromkeys(_GPU_KEYS, missing(ctx.no_gpu))
+    except GpuUnavailableError as e:  # no report is lost for want of a name
+        gpu = dict.fromkeys(_GPU_KEYS, missing(str(e)))
+    return {**_source(), **gpu, "cpu_model": hardware.host()["cpu_model"]}
+
+
+_GPU_KEYS = ("gpu_model", "driver_version", "cuda_version", "tuned")
+
+
+def _gpu() -> dict[str, Metric]:
+    name = runtime.device_name()
+    import cupy
+
+    entries, path = tuned.in_use()
+    return {
+        "gpu_model": measured(name),
+        "driver_version": hardware.current_nvml_device().driver_version(),
+        "cuda_version": measured(hardware.cuda_version(cupy.cuda.runtime.runtimeGetVersion())),
+        "tuned": measured(entries, "entries", file=path and str(path)),
     }
 
 

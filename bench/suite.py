@@ -28,6 +28,7 @@ from . import (
     report,
     reproducibility,
     scaling,
+    table,
     tokens,
     transfer,
     utilisation,
@@ -122,6 +123,7 @@ def run(
         "no_gpu": ctx.no_gpu,
         "quick": ctx.quick,
         "command": command,
+        "environment": reproducibility.environment(ctx),
         "model": {
             "config": ctx.config.to_dict(),
             "weights": ctx.checkpoint.source,
@@ -144,7 +146,8 @@ def run(
                 result["errors"][name] = {"reason": f"not measured: {reason}"}
                 continue
             start = time.perf_counter()
-            figures = _attempt(ctx, name, PARTS[name].module.run, result["errors"])
+            measure = table.run if name == "latency" and ctx.tokens else PARTS[name].module.run
+            figures = _attempt(ctx, name, measure, result["errors"])
             result["seconds"][name] = round(time.perf_counter() - start, 3)
             if name not in result["errors"]:
                 result["parts"][name] = figures
@@ -249,9 +252,11 @@ def exit_code(result: report.Report) -> int:
 
 def _workload(ctx: Context) -> dict[str, Metric]:
     """What was run, under the keys of the summary."""
-    return {
+    when = {
         "timestamp": measured(datetime.now(timezone.utc).isoformat(timespec="seconds"), standard="ISO 8601"),
         "benchmark_version": measured(__version__),
+    }
+    what = {
         "model_name": measured(ctx.config.name),
         "batch_size": measured(1),
         "num_layers": measured(ctx.config.num_layers),
@@ -261,3 +266,4 @@ def _workload(ctx: Context) -> dict[str, Metric]:
         "temperature": measured(0.0, meaning="greedy: the largest logit"),
         "kv_cache_enabled": measured(True),
     }
+    return when | (dict.fromkeys(what, missing("a table of shapes was measured, no model")) if ctx.tokens else what)

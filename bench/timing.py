@@ -235,11 +235,13 @@ class Rotation:
         calls: enqueue the same work, one on each copy.
         copy_bytes: of one copy: what is read once a call and shared with no other copy.
         l2: ``"cold"`` or ``"warm"``.
+        least: fewest calls in a graph. Fewer than :data:`GRAPH_LAUNCHES` are enough where one takes long.
     """
 
     calls: Sequence[Callable[[], Any]]
     copy_bytes: int
     l2: str
+    least: int = GRAPH_LAUNCHES
 
     @property
     def used(self) -> Sequence[Callable[[], Any]]:
@@ -248,8 +250,8 @@ class Rotation:
 
     @property
     def launches(self) -> int:
-        """Calls in one graph: whole rounds through all copies, at least :data:`GRAPH_LAUNCHES`."""
-        return math.ceil(GRAPH_LAUNCHES / len(self.calls)) * len(self.calls)
+        """Calls in one graph: whole rounds through all copies, at least `least`."""
+        return math.ceil(self.least / len(self.calls)) * len(self.calls)
 
     @property
     def bytes_touched(self) -> int:
@@ -270,7 +272,7 @@ def cold_copies(copy_bytes: int, l2: int) -> int:
 
 
 def capture(rotation: Rotation) -> Any:
-    """A `cupy.cuda.Graph` of `rotation.launches` calls, each of which ran once before: compiled, allocated, warm.
+    """A graph of `rotation.launches` calls, each of which ran once before: compiled, allocated, warm.
 
     Raises:
         ValueError: a cold rotation whose copies do not exceed :data:`COLD_L2_FACTOR` times the L2.
@@ -279,18 +281,17 @@ def capture(rotation: Rotation) -> Any:
         raise ValueError(f"{rotation.bytes_touched} bytes are not cold: the L2 holds {l2}, {COLD_L2_FACTOR} times that")
     import cupy as cp
 
+    from ..kernels import capture as record
+
     for call in rotation.used:
         call()
     cp.cuda.Device().synchronize()
-    stream = cp.cuda.Stream(non_blocking=True)
-    with stream:
-        stream.begin_capture()
+
+    def calls() -> None:
         for i in range(rotation.launches):
             rotation.used[i % len(rotation.used)]()
-        graph = stream.end_capture()
-    graph.upload(stream)
-    stream.synchronize()
-    return graph
+
+    return record(calls)  # not CuPy's own capture: this one frees the calls' workspaces together with the graph
 
 
 def kernel(rotation: Rotation, rule: StopRule, prepare: Callable[[], Any] | None = None) -> dict[str, Any]:

@@ -31,6 +31,7 @@ EXIT_USAGE, EXIT_NO_GPU, EXIT_WRONG_RESULT, EXIT_INTERRUPTED = 2, 3, 4, 130
 
 DEFAULT_MODEL = "smollm-135m"
 DEFAULT_OUT = Path("edgellm-report")
+MOST_TOKENS = 65_535
 
 _NO_COLOR = bool(os.environ.get("NO_COLOR"))  # https://no-color.org
 
@@ -63,6 +64,28 @@ class Part(str, Enum):
     kernels = "kernels"
     utilisation = "utilisation"
     cpu = "cpu"
+
+
+class Shapes(str, Enum):
+    """Which products the latency part measures in place of the model's."""
+
+    table = "table"
+
+
+class Activation(str, Enum):
+    """Which activations to tune for."""
+
+    int8 = "int8"
+    float = "float"
+    both = "both"
+
+
+class Dtype(str, Enum):
+    """Dtype of x and y."""
+
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
 
 
 def main() -> None:
@@ -175,11 +198,18 @@ def bench(
         typer.Option(help="Folder for report.json and report.md.", show_default=f"{DEFAULT_OUT}, {DEFAULT_OUT}/PART"),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Short windows, few samples: a first look.")] = False,
+    shapes: Annotated[
+        Shapes | None, typer.Option(help="latency: the products of public models.", show_default="the model's")
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="--shapes: numbers of tokens at once.", show_default="1,2,4,...,2048")
+    ] = None,
 ) -> None:
     """Measure a model on this machine and write the report."""
-    from .bench import report, suite
+    from .bench import report, suite, table_figures
     from .bench.context import Context
 
+    table_tokens = _table_tokens(part, shapes, tokens, model or weights)
     folder = out or (DEFAULT_OUT / part.value if part else DEFAULT_OUT)
     names = [part.value] if part else list(suite.PARTS)
     no_gpu, remedy = _why_no_gpu(backend)
@@ -188,7 +218,7 @@ def bench(
     report.make_folder(folder)  # now, not after minutes of work
     with _progress(names) as (begin, step):
         step("reading or making the weights")
-        ctx = Context(_checkpoint(model, weights), no_gpu, quick, step)
+        ctx = Context(_checkpoint(model, weights), no_gpu, quick, step, table_tokens)
         result = suite.run(ctx, names, shlex.join(["edgellm", *sys.argv[1:]]), begin)
     if remedy:
         result["no_gpu"] = f"{no_gpu}; {remedy}"  # once, at the top; a null figure has the reason alone
@@ -196,6 +226,8 @@ def bench(
         written = report.write(result, folder)
     finally:  # a disk that is full by now must not cost the run
         _print(_rendered(report.terminal(result)))
+        if not no_gpu and (table := report.shapes_table(result)):
+            _print(f"\n{table_figures.text(table)}\n")
     _print("\n".join(f"written: {path}" for path in written))
     raise typer.Exit(suite.exit_code(result))
 
@@ -219,6 +251,38 @@ def verify_command() -> None:
         _print(f"{len(failures)} failures in {what}")
         raise typer.Exit(EXIT_WRONG_RESULT)
     _print(f"{what}: every result agrees with the reference")
+
+
+@app.command("tune")
+@_exit_codes()
+def tune_command(
+    model: Annotated[
+        str | None, typer.Option(help="A preset, or a JSON file with a configuration.", show_default=DEFAULT_MODEL)
+    ] = None,
+    shapes: Annotated[
+        Shapes | None, typer.Option(help="The products of public models.", show_default="the model's")
+    ] = None,
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens at once; each is tuned for itself.")] = "1,2,4,8",
+    activation: Annotated[Activation, typer.Option(help="How activations enter the product.")] = Activation.both,
+    dtype: Annotated[Dtype, typer.Option(help="Of the activations.")] = Dtype.float16,
+) -> None:
+    """Time every kernel configuration on this GPU and keep those that beat the default, for later runs to use."""
+    if model and shapes:
+        raise ArgumentValueError("--model and --shapes exclude each other")
+    numbers, config = _numbers(tokens), _config(model)
+    runtime.require_gpu()
+    from .bench import tune
+
+    products = tune.of_table(dtype.value) if shapes else tune.of_model(config)
+    activations = ("int8", "float") if activation is Activation.both else (activation.value,)
+    with _status(elsewhere=_say) as step:
+        outcome = tune.run(products, numbers, activations, dtype.value, step)
+    _print(tune.text(outcome))
+    for failure in outcome.failures:
+        _print(f"wrong: {failure}")
+    _print(f"written: {outcome.path}")
+    if outcome.failures:
+        raise typer.Exit(EXIT_WRONG_RESULT)
 
 
 @app.command()
@@ -267,14 +331,42 @@ def _why_no_gpu(backend: Backend) -> tuple[str | None, str | None]:
     return None, None
 
 
+def _table_tokens(part: Part | None, shapes: Shapes | None, tokens: str | None, model: object) -> tuple[int, ...]:
+    """Numbers of tokens of the table of shapes, rising; empty when the workload's own products are asked for."""
+    from .bench.shapes import TOKENS
+
+    if shapes is None:
+        if tokens is not None:
+            raise ArgumentValueError("--tokens: only together with --shapes")
+        return ()
+    if part is not Part.latency or model:
+        raise ArgumentValueError("--shapes: only for `edgellm bench latency`, without --model and --weights")
+    return _numbers(tokens) if tokens is not None else TOKENS
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """The numbers of tokens in "1,2,4", each once, rising."""
+    try:
+        numbers = sorted({int(number) for number in text.split(",")})
+    except ValueError:
+        numbers = []
+    if not numbers or numbers[0] < 1 or numbers[-1] > MOST_TOKENS:
+        raise ArgumentValueError(f"--tokens is {text!r}, expected numbers of 1 to {MOST_TOKENS} such as 1,4,16")
+    return tuple(numbers)
+
+
 def _checkpoint(model: str | None, weights: Path | None) -> Checkpoint:
     if weights:
         if model:
             raise ArgumentValueError("--model and --weights exclude each other: the file brings its configuration")
         return formats.load_checkpoint(weights)
+    return Checkpoint.random(_config(model))
+
+
+def _config(model: str | None) -> ModelConfig:
+    """Of a preset or of a JSON file."""
     name = model or DEFAULT_MODEL
-    from_file = name.endswith(".json")
-    return Checkpoint.random(ModelConfig.from_json(name) if from_file else ModelConfig.preset(name))
+    return ModelConfig.from_json(name) if name.endswith(".json") else ModelConfig.preset(name)
 
 
 def _on_terminal() -> bool:
@@ -282,11 +374,15 @@ def _on_terminal() -> bool:
     return sys.stderr.isatty() and not _NO_COLOR
 
 
+def _nothing(step: str) -> None:
+    """Progress that is not shown."""
+
+
 @contextmanager
-def _status() -> Iterator[Callable[[str], None]]:
-    """A function that shows the current step on a terminal, and nothing elsewhere."""
+def _status(elsewhere: Callable[[str], None] = _nothing) -> Iterator[Callable[[str], None]]:
+    """A function that shows the current step on a terminal; `elsewhere` takes it where there is none."""
     if not _on_terminal():
-        yield lambda step: None
+        yield elsewhere
         return
     from rich.console import Console
 

@@ -93,7 +93,7 @@ def cases(device: DeviceFacts) -> Iterator[Case]:
 
 def _configurations(n: int, k: int, dtype: Any, activation: str, device: DeviceFacts) -> Iterator[ProductConfig]:
     """The streaming configurations that dispatch can choose for so many tokens, or more of them."""
-    tokens = (1,) if n == 1 else (2, 4, 8)
+    tokens = (1,) if n == 1 else (2, 4)
     for t in tokens if k % 4 == 0 else (1,):
         problem = dispatch.Problem(37, t, 4 if k % 4 == 0 else 1, str(dtype), None, k % 4 == 0, activation)
         yield from (c for c in dispatch.candidates(problem, device) if isinstance(c, ProductConfig))

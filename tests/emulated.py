@@ -23,8 +23,8 @@ from tests.emulator import Emulator
 
 H200 = DeviceFacts(arch=90, multiprocessors=132, threads=2048, shared_bytes=233472, block_shared_bytes=232448)
 T4 = DeviceFacts(arch=75, multiprocessors=40, threads=1024, shared_bytes=65536, block_shared_bytes=65536)
-TINY = DeviceFacts(arch=75, multiprocessors=2, threads=1024, shared_bytes=49152, block_shared_bytes=49152)
-"""No real GPU: its two multiprocessors and little shared memory make small problems take every persistent loop."""
+TINY = DeviceFacts(arch=75, multiprocessors=2, threads=1024, shared_bytes=65536, block_shared_bytes=65536)
+"""No real GPU: its two multiprocessors make small problems take every persistent loop."""
 
 
 def poisoned(shape: Any, dtype: Any = np.float32) -> np.ndarray:
@@ -108,6 +108,7 @@ def emulated_gpu(emulator: Emulator, facts: DeviceFacts = H200) -> Iterator[Emul
         mock.patch.object(decoder, "load", gpu.load),
         mock.patch.object(enqueue, "load", gpu.load),
         mock.patch.object(enqueue, "current_facts", return_value=facts),
+        mock.patch.object(enqueue.tuned, "lookup", return_value=None),  # not what is in the user's cache
         mock.patch.object(decoder, "current_facts", return_value=facts),
         mock.patch.object(decoder.TernaryWeight, "to_device", lambda self: self),
     ):

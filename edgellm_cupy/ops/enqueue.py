@@ -12,7 +12,7 @@ import numpy as np
 from ..arguments import BFLOAT16, FLOAT16, FLOAT32, address
 from ..formats.ternary import TernaryWeight
 from ..kernels import keep_while_captured, load
-from ..tuning import dispatch
+from ..tuning import dispatch, tuned
 from ..tuning.device import current_facts
 from ..tuning.gemm import GemmLaunch, quantise_tiles_launch, tile_shape
 from ..tuning.product import NORM_THREADS, ProductLaunch, norm_spec
@@ -61,11 +61,13 @@ def product(
 ) -> None:
     """out = scale * (t @ x) + residual, with RMSNorm in front where `gamma` is given.
 
-    choice: a strategy, or a configuration of it (for tuning).
+    choice: a strategy, or a configuration of it (for tuning); "adaptive" takes what has been tuned, where that is.
     """
     m, k = W.shape
     gamma_name = None if gamma is None else _NAMES[gamma.dtype]
     problem = dispatch.Problem(m, tokens_of(x), k, _NAMES[x.dtype], gamma_name, _aligned(x, gamma, k), activation)
+    if choice == "adaptive":
+        choice = tuned.lookup(problem) or choice
     plan = dispatch.launch(problem, choice, current_facts())
     if isinstance(plan, ProductLaunch):
         _streaming(plan, problem, x, gamma, W, eps, residual, out)

@@ -46,12 +46,12 @@ class Problem(NamedTuple):
 
 def streams(problem: Problem) -> bool:
     """Whether "adaptive" norms the tokens inside the product. Every block does it again, which grows with n * k; the
-    launch in front that it saves does not. Only one token is laid out for rows that are not aligned."""
+    launch in front that it saves does not."""
     if problem.n == 1:
         return True
-    if not problem.aligned or problem.x_dtype == "float32":
-        return False
-    return problem.n * problem.k <= (16384 if problem.activation == "int8" else 8192)
+    if problem.activation == "float" or not problem.aligned or problem.x_dtype == "float32":
+        return False  # only one token is laid out for these
+    return problem.n * problem.k <= 16384
 
 
 def choose(problem: Problem, strategy: str, device: DeviceFacts) -> Config:

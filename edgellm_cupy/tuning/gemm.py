@@ -2,6 +2,11 @@
 
 `choose_gemm` compares the enumerated tile shapes by a small model of what bounds each; `gemm_specs` lists everything
 that dispatch can reach. kernels_cu/ternary_gemm.cu draws the tiles, kernels_cu/include/fragments.cuh their contents.
+
+A launch asks for so much shared memory that a multiprocessor takes no more of its blocks than an even distribution
+gives it. Blocks start while earlier kernels still run (programmatic dependent launch), wherever there is room. On an
+H200 with room for two, 60 to 132 blocks took as long as 264 of them: some multiprocessors had two and others none, it
+seems (31 us in place of 21 for 3840 x 2560, N = 512, in blocks of 128 x 128).
 """
 
 from __future__ import annotations
@@ -16,7 +21,9 @@ from ..formats.packing import CHUNK_BYTES, chunks
 from ..kernels.spec import KernelSpec, Launch
 from .device import DeviceFacts
 
-QUANTISE_TILES_THREADS = 256
+QUANTISE_TILES_THREADS = 1024
+"""Threads of a block of the prepass, at most."""
+
 PLANES = {"float16": 1, "bfloat16": 1, "float32": 2}
 """float16 planes that hold a float activation of x's dtype; int8 activations are one plane of their own."""
 
@@ -87,17 +94,22 @@ class GemmConfig:
         return planes == 1 or self.row_tiles * self.column_tiles <= 16
 
 
-GEMM_CONFIGS = (
-    GemmConfig(1, 1, 1, 1, 8, 2, 2),  # 16 x 8
-    GemmConfig(1, 2, 1, 1, 8, 2, 2),  # 16 x 16
-    GemmConfig(2, 4, 1, 1, 4, 2, 3),  # 32 x 32
-    GemmConfig(2, 4, 1, 2, 2, 3, 2),  # 32 x 64
-    GemmConfig(2, 2, 2, 2, 1, 4, 4),  # 64 x 32: the one that fits every device
-    GemmConfig(2, 4, 2, 2, 2, 2, 1),  # 64 x 64
-    GemmConfig(4, 4, 2, 2, 1, 3, 2),  # 128 x 64
-    GemmConfig(4, 8, 4, 1, 1, 3, 2),  # 256 x 64
-    GemmConfig(4, 8, 4, 2, 1, 3, 1),  # 256 x 128
-)
+_SMALL = GemmConfig(2, 2, 2, 2, 1, 4, 2)  # 64 x 32: fits every device
+_SPLIT_4 = GemmConfig(2, 2, 1, 1, 4, 3, 3)  # 32 x 16
+_SPLIT_8 = GemmConfig(2, 2, 1, 1, 8, 2, 2)  # 32 x 16
+_TALL_SPLIT_8 = GemmConfig(4, 2, 1, 1, 8, 2, 1)  # 64 x 16
+_TALL = GemmConfig(4, 2, 2, 1, 2, 3, 3)  # 128 x 16
+_SQUARE = GemmConfig(4, 4, 1, 1, 4, 2, 2)  # 64 x 32
+_LOW = GemmConfig(2, 4, 2, 1, 2, 3, 3)  # 64 x 32
+_MEDIUM = GemmConfig(4, 4, 2, 1, 2, 3, 2)  # 128 x 32
+_LARGE = GemmConfig(4, 8, 2, 1, 2, 2, 2)  # 128 x 64
+_LARGEST = GemmConfig(4, 8, 4, 1, 1, 2, 2)  # 256 x 64
+
+GEMM_CONFIGS = {
+    "int8": (_SPLIT_4, _SPLIT_8, _TALL, _LOW, _SQUARE, _MEDIUM, _LARGE, _LARGEST),
+    "float": (_SMALL, _SPLIT_8, _TALL_SPLIT_8, _TALL, _SQUARE, _MEDIUM, _LARGE, _LARGEST),
+}
+"""The best of 42 tile shapes that were measured on an H200: 8 shapes of layers, N = 8 to 2048."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +129,8 @@ def gemm_candidates(
     m: int, n: int, k: int, activation: str, planes: int, device: DeviceFacts
 ) -> tuple[GemmConfig, ...]:
     """Every enumerated configuration that can compute y[n, m] over k features on this device."""
-    return tuple(c for c in GEMM_CONFIGS if c.serves(planes) and c.fitting_stages(activation, planes, device) >= 2)
+    configs = GEMM_CONFIGS[activation]
+    return tuple(c for c in configs if c.serves(planes) and c.fitting_stages(activation, planes, device) >= 2)
 
 
 def choose_gemm(m: int, n: int, k: int, activation: str, planes: int, device: DeviceFacts) -> GemmConfig:
@@ -128,25 +141,45 @@ def choose_gemm(m: int, n: int, k: int, activation: str, planes: int, device: De
     )
 
 
-# A multiprocessor of an H200, measured or fitted to measurements; the choice depends on their proportions only.
-_MACS_PER_US = {"int8": 3.6e6, "float": 1.9e6}
-_BYTES_PER_US = 4.0e4  # from L2
-_BLOCK_US, _STEP_US = 1.6, 0.25  # what a block, and each of its steps, takes however small it is
+# Microseconds on a multiprocessor of an H200, fitted to measurements; the choice depends on their proportions only.
+_BLOCK_US = 1.8  # before and after a block's steps
+
+
+@dataclass(frozen=True)
+class _WarpCost:
+    """What 256 k of a warp take while others keep the multiprocessor busy.
+
+    Attributes:
+        tile: multiplying one tile of 16 x 8.
+        row_tile: unpacking the weights of 16 rows.
+        column_tile: loading the activations of 8 columns.
+        lone: a multiprocessor with fewer warps than this takes as long as with so many.
+    """
+
+    tile: float
+    row_tile: float
+    column_tile: float
+    lone: float
+
+
+_WARP_COST = {"int8": _WarpCost(0.0074, 0.0099, 0.0099, 4.45), "float": _WarpCost(0.0123, 0.0344, 0.0141, 4.9)}
 
 
 def _microseconds(
     config: GemmConfig, m: int, n: int, k: int, activation: str, planes: int, device: DeviceFacts
 ) -> float:
+    """What the busiest multiprocessor takes: its blocks in rounds of as many as it holds."""
+    cost = _WARP_COST[activation]
+    tiles = config.row_tiles * config.column_tiles
+    warp = cost.tile * tiles + cost.row_tile * config.row_tiles + cost.column_tile * config.column_tiles
     steps = -(-_blocks(k) // config.splits)
-    grid = -(-m // config.rows) * -(-n * planes // config.columns)
+
+    def round_of(blocks: int) -> float:
+        return _BLOCK_US + steps * max(blocks * config.threads / 32, cost.lone) * warp
+
     resident = _resident(config, activation, planes, device)
-    waves = -(-grid // (device.multiprocessors * resident))
-    together = min(resident, -(-grid // device.multiprocessors))
-    macs = config.splits * 256 * config.rows * config.columns
-    step = max(
-        together * macs / _MACS_PER_US[activation], together * config.stage_bytes(activation) / _BYTES_PER_US, _STEP_US
-    )
-    return waves * (_BLOCK_US + steps * step)
+    rounds, rest = divmod(-(-_grid(config, m, n, planes) // device.multiprocessors), resident)
+    return rounds * round_of(resident) + (round_of(rest) if rest else 0.0)
 
 
 def _blocks(k: int) -> int:
@@ -154,11 +187,21 @@ def _blocks(k: int) -> int:
     return -(-chunks(k) // _BLOCK_CHUNKS)
 
 
+def _grid(config: GemmConfig, m: int, n: int, planes: int) -> int:
+    return -(-m // config.rows) * -(-n * planes // config.columns)
+
+
 def _resident(config: GemmConfig, activation: str, planes: int, device: DeviceFacts) -> int:
-    """Blocks that run on one multiprocessor at a time."""
+    """Blocks that a multiprocessor may hold at a time."""
     stages = config.fitting_stages(activation, planes, device)
     block = config.shared_bytes(activation, planes, stages) + _STATIC_SHARED_BYTES + _RESERVED_SHARED_BYTES
     return max(min(config.resident, device.shared_bytes // block, device.threads // config.threads), 1)
+
+
+def _crowding_bytes(blocks: int, device: DeviceFacts) -> int:
+    """Dynamic shared memory of which a multiprocessor holds `blocks` times as much, and not once more."""
+    share = device.shared_bytes // (blocks + 1) - _RESERVED_SHARED_BYTES
+    return min(share // 16 * 16 + 16, device.block_shared_bytes - _STATIC_SHARED_BYTES)
 
 
 @lru_cache(maxsize=4096)
@@ -168,8 +211,9 @@ def gemm_launch(
     """The launch for y[n, m] over k features; `config` overrides the choice (for tuning)."""
     config = config or choose_gemm(m, n, k, activation, planes, device)
     stages = config.fitting_stages(activation, planes, device)
-    grid = -(-m // config.rows) * -(-n * planes // config.columns)
-    shared = config.shared_bytes(activation, planes, stages)
+    grid = _grid(config, m, n, planes)
+    together = min(-(-grid // device.multiprocessors), _resident(config, activation, planes, device))
+    shared = max(config.shared_bytes(activation, planes, stages), _crowding_bytes(together, device))
     launch = Launch(gemm_spec(activation, planes, config), (grid, 1, 1), (config.threads, 1, 1), shared)
     if os.environ.get("EDGELLM_PRINT_CONFIG") == "1":
         print(f"edgellm: M={m} N={n} K={k} {activation}: {launch}", file=sys.stderr)
@@ -208,10 +252,10 @@ def quantise_tiles_spec(x_dtype: str, norm: bool, activation: str, planes: int) 
 
 
 def quantise_tiles_launch(n: int, k: int, x_dtype: str, norm: bool, activation: str) -> Launch:
-    """The launch of the prepass for n tokens of k features."""
-    planes = 1 if activation == "int8" else PLANES[x_dtype]
-    spec = quantise_tiles_spec(x_dtype, norm, activation, planes)
-    return Launch(spec, (n, 1, 1), (QUANTISE_TILES_THREADS, 1, 1), 0)
+    """The prepass over n tokens of k features: a block a token, a thread for each 16 features."""
+    spec = quantise_tiles_spec(x_dtype, norm, activation, 1 if activation == "int8" else PLANES[x_dtype])
+    threads = min(-(-_blocks(k) * 16 // 32) * 32, QUANTISE_TILES_THREADS)
+    return Launch(spec, (n, 1, 1), (threads, 1, 1))
 
 
 def tile_shape(n: int, k: int, activation: str, planes: int) -> tuple[int, ...]:
@@ -227,6 +271,6 @@ def gemm_specs() -> Iterator[KernelSpec]:
             yield quantise_tiles_spec(dtype, norm, "int8", 1)
             yield quantise_tiles_spec(dtype, norm, "float", planes)
     for activation, planes in (("int8", 1), ("float", 1), ("float", 2)):
-        for config in GEMM_CONFIGS:
+        for config in GEMM_CONFIGS[activation]:
             if config.serves(planes):
                 yield gemm_spec(activation, planes, config)

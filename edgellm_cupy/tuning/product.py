@@ -32,7 +32,8 @@ class ProductConfig:
         split: warps that share the same rows and take turns along K.
         ahead: units (spread blocks) whose weights a warp has in flight.
         threads: of a block.
-        held: vectors of four activations that a thread keeps in registers from the norm to the product; 0: reads twice.
+        held: vectors of four activations that a thread keeps in registers from the norm to the product: all of the
+            token; 0: reads it twice.
         resident: blocks a multiprocessor that the compiler leaves registers for.
     """
 
@@ -56,25 +57,31 @@ class ProductConfig:
 
     @property
     def longest(self) -> int | None:
-        """Largest K whose activations fit the registers; None: any."""
-        return 4 * self.held * self.threads if self.held else None
+        """Largest K whose activations fit the registers, whole units of it; None: any."""
+        unit = 256 * self.spread
+        return 4 * self.held * self.threads // self.tokens // unit * unit if self.held else None
 
 
-# One token of aligned float16 or bfloat16, by K: the first that is long enough.
+# Aligned float16 and bfloat16, by tokens, then by K: the first that is long enough. Measured on an H200, chained and
+# with a cold L2. Whole tokens in registers, and deep loads, are worth more than wide blocks; two blocks of 256 threads
+# a multiprocessor more than one of 512, because the next kernel's weights arrive while this one works.
 _ONE_TOKEN = (
-    ProductConfig(1, 1, 3, 1, 96, 2, 4),
-    ProductConfig(1, 1, 6, 1, 192, 2, 3),
-    ProductConfig(1, 4, 1, 3, 384, 2),
-    ProductConfig(1, 2, 2, 4, 512, 2),
+    ProductConfig(1, 2, 2, 1, 128, 2, 4),
+    ProductConfig(1, 2, 3, 1, 192, 2, 2),
+    ProductConfig(1, 2, 1, 5, 256, 3, 2),
+    ProductConfig(1, 2, 2, 3, 256, 4, 2),
     ProductConfig(1, 2, 4, 4, 512, 4),
-    ProductConfig(1, 4, 4, 4, 512, 7),
-    ProductConfig(1, 4, 4, 4, 512, 0),
+    ProductConfig(1, 2, 8, 3, 512, 7),
+    ProductConfig(1, 2, 8, 4, 512),
 )
-_MORE_TOKENS = {2: ProductConfig(2, 1, 4, 2, 256), 4: ProductConfig(4, 1, 4, 2, 256), 8: ProductConfig(8, 1, 4, 2, 256)}
+_MORE_TOKENS = {
+    2: (ProductConfig(2, 2, 1, 5, 256, 5), ProductConfig(2, 2, 2, 4, 512, 4), ProductConfig(2, 1, 8, 4, 512, 7)),
+    4: (ProductConfig(4, 1, 4, 3, 512, 5), ProductConfig(4, 1, 4, 2, 512, 8)),
+}
 # float32, and rows that cannot be loaded four elements at a time: correct everywhere, tuned for nothing.
-_ANY = ProductConfig(1, 1, 4, 2, 256, 0, 1)
+_ANY = ProductConfig(1, 1, 4, 2, 256)
 
-CONFIGS = (*_ONE_TOKEN, *_MORE_TOKENS.values())
+CONFIGS = (*_ONE_TOKEN, *(config for configs in _MORE_TOKENS.values() for config in configs))
 
 
 @dataclass(frozen=True)
@@ -103,8 +110,8 @@ def product_candidates(
     """Every enumerated kernel shape that can serve the problem on this device, best first where nothing was tuned."""
     if not aligned or x_dtype == "float32":
         return (_ANY,)
-    # Float activations take four columns a token, of which eight are multiplied at a time.
-    tokens = 1 if n == 1 else 2 if n == 2 or activation == "float" else 4 if n <= 4 else 8
+    # Float activations take four columns a token, of which eight are multiplied at a time: one token at a time there.
+    tokens = 1 if n == 1 or activation == "float" else 2 if n == 2 else 4
     blocks = -(-chunks(k) // _BLOCK_CHUNKS)
     return (
         *(
@@ -213,5 +220,5 @@ def product_specs() -> Iterator[KernelSpec]:
                         yield product_spec(dtype, gamma, aligned, activation, _ANY)
                     else:
                         for config in CONFIGS:
-                            if activation == "int8" or config.tokens <= 2:
+                            if activation == "int8" or config.tokens == 1:
                                 yield product_spec(dtype, gamma, aligned, activation, config)

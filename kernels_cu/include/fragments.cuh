@@ -110,34 +110,33 @@ __device__ __forceinline__ uint2 low_plane(float4 v) {
   return high_plane(make_float4(left_by_f16(v.x), left_by_f16(v.y), left_by_f16(v.z), left_by_f16(v.w)));
 }
 
-// Byte b of four words, side by side.
-__device__ __forceinline__ unsigned gather_bytes(const unsigned (&words)[4], int b) {
-  const unsigned pick = unsigned(b | (b + 4) << 4);
-  return __byte_perm(__byte_perm(words[0], words[1], pick), __byte_perm(words[2], words[3], pick), 0x5410u);
-}
+// Four activations, scaled to less than 2^15, in digits between -128 and 127: word d holds digit d of each. Pairs of digits
+// make a whole number of 15 bits and a sign; each pair counts 2^-15 of the one before, the first digit of a pair 256 times
+// the second. Four digits are the nearest multiple of 2^-14, six that of 2^-29. Rounding is by adding 1.5 * 2^23, which
+// leaves the whole number in the low bits: conversions run at a quarter of the rate.
+constexpr float kDigitUnit = 2.f;  // what the second digit counts
 
-// Four activations, scaled to less than 2^15, in digits of base 256 between -128 and 127: word d holds digit d of each, the
-// highest digit first, and counts 256^-d. Four digits are the nearest multiple of 2^-15, six that of 2^-31.
-constexpr float kTopDigit = 512.f;  // what the highest digit counts
+// The factor of digit d in a sum that counts kDigitUnit.
+__device__ __forceinline__ float digit_weight(int d) {
+  return __int_as_float((127 + 8 * (1 - d % 2) - 15 * (d / 2)) << 23);
+}
 
 template <int kDigits>
 __device__ __forceinline__ void digits4(unsigned (&digits)[kDigits], float4 v) {
-  static_assert(kDigits == 4 || kDigits == 6, "four digits of 2^-15 and up, and two below");
-  constexpr float kUnit = 0x1p15f, kBelow = 0x1p16f, kMostBelow = 32639.f;  // 127 * 256 + 127
-  const float scaled[4] = {v.x * kUnit, v.y * kUnit, v.z * kUnit, v.w * kUnit};
-  unsigned high[4], low[4];
+  constexpr float kRound = 12582912.f;
+  float rest[4] = {v.x, v.y, v.z, v.w}, unit = 1.f / kDigitUnit;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int fixed = __float2int_rn(scaled[i]);
-    // Adding 128 to a byte carries where it is to be negative.
-    high[i] = (unsigned(fixed) + 0x00808080u) ^ 0x00808080u;
-    const int rest = __float2int_rn(fminf((scaled[i] - __int2float_rn(fixed)) * kBelow, kMostBelow));
-    low[i] = ((unsigned(rest) + 0x0080u) ^ 0x0080u) & 0xffffu;
-  }
+  for (int pair = 0; pair < kDigits / 2; ++pair) {
+    unsigned bits[4];
 #pragma unroll
-  for (int d = 0; d < 4; ++d) digits[d] = gather_bytes(high, 3 - d);
-  if constexpr (kDigits == 6) {
-    digits[4] = gather_bytes(low, 1);
-    digits[5] = gather_bytes(low, 0);
+    for (int i = 0; i < 4; ++i) {
+      const float scaled = rest[i] * unit, rounded = scaled + kRound;
+      bits[i] = (unsigned(__float_as_int(rounded)) + 0x80u) ^ 0x80u;  // carries where the low byte is to be negative
+      rest[i] = scaled - (rounded - kRound);
+    }
+    unit = 32768.f;
+    const unsigned first = __byte_perm(bits[0], bits[1], 0x5410u), second = __byte_perm(bits[2], bits[3], 0x5410u);
+    digits[2 * pair] = __byte_perm(first, second, 0x7531u);
+    digits[2 * pair + 1] = __byte_perm(first, second, 0x6420u);
   }
 }

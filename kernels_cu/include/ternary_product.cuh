@@ -24,9 +24,9 @@
 // kernel waits for its predecessor (programmatic dependent launch) and return while the block waits, then reduces and
 // quantises x. After that each register is loaded again as soon as it has been multiplied; the stream runs on over tiles.
 //
-// Arithmetic. All of it is in exact integers. int8: a token is one column of B. Float: a token is written in digits of base
-// 256, -128 .. 127, of a fixed-point number relative to its largest element, and each digit is a column: four for float16
-// and bfloat16 (an error of at most 2^-30 of the largest), six for float32 (2^-46). The tensor cores have columns to spare: eight
+// Arithmetic. All of it is in exact integers. int8: a token is one column of B. Float: a token is written in 8-bit
+// digits of a fixed-point number relative to its largest element, and each digit is a column: four for float16 and
+// bfloat16 (an error of at most 2^-29 of the largest), six for float32 (2^-44). The tensor cores have columns to spare: eight
 // are multiplied at a time, however few are used. Float16 operands instead (two planes of 11 bits) need one conversion for
 // every two weights, where integers need one mask for four: 21.0 against 13.9 us for 28672 x 4096 on an H200, which was
 // bound by just those instructions (logic runs at half rate).
@@ -34,8 +34,9 @@
 // Masks, no shifts: field i of a byte is used as u * 4^i, and each i has accumulators of its own that are shifted at the
 // end. sum(t q) = sum(u q) - sum(q), the latter once a token.
 //
-// Activations lie in shared memory as B operands (fragments.cuh), kPitch 16-byte words from piece to piece, which is odd
-// to spread the writes over the banks. Where K does not fit, the host asks for slices of `slice_steps` steps and x is staged
+// Activations lie in shared memory as B operands, kPitch 16-byte words from piece to piece, which is odd to spread the
+// writes over the banks. A piece is what two instructions take: fields i and i + 1 of words j and j + 1 of a chunk, in the
+// order i of j, i of j + 1, i + 1 of j, i + 1 of j + 1, so that each finds its two registers side by side. Where K does not fit, the host asks for slices of `slice_steps` steps and x is staged
 // again for each.
 //
 // Bound: reading the packed weights, from some MB on; below that, latency: the trip of x, two reductions, two barriers.
@@ -66,7 +67,6 @@ struct ProductShape {
   static constexpr int kShares = kSplit * kSpread;                                    // that a result is the sum of
   using Threads = Share<kTokens, kThreads>;
   static_assert(kThreads % 32 == 0 && kWarps % kSplit == 0, "the warps are kRowWarps x kSplit");
-  static_assert(kHeld == 0 || kTokens == 1, "registers hold one token");
   static_assert(8 % kSpread == 0, "a lane has two rows of W");
 };
 
@@ -186,13 +186,16 @@ __device__ __forceinline__ void multiply_unit(Sums<S>& sums, const uint4& low, c
     const uint4* own = staged + staged_column<S>(t * kColumns + g) + q;
 #pragma unroll
     for (int j = 0; j < 4; j += 2) {
-      const uint4 first = own[j * S::kPitch], second = own[(j + 1) * S::kPitch];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const unsigned mask = 0x03030303u << (2 * i);
-        const unsigned a[4] = {word(low, j) & mask, word(high, j) & mask, word(low, j + 1) & mask,
-                               word(high, j + 1) & mask};
-        mma_u8s8(sums.of[t][i], a, word(first, i), word(second, i));
+      for (int i = 0; i < 4; i += 2) {
+        const uint4 b = own[(j + i / 2) * S::kPitch];
+#pragma unroll
+        for (int f = i; f < i + 2; ++f) {
+          const unsigned mask = 0x03030303u << (2 * f);
+          const unsigned a[4] = {word(low, j) & mask, word(high, j) & mask, word(low, j + 1) & mask,
+                                 word(high, j + 1) & mask};
+          mma_u8s8(sums.of[t][f], a, f == i ? b.x : b.z, f == i ? b.y : b.w);
+        }
       }
     }
   }
@@ -207,39 +210,33 @@ __device__ __forceinline__ void stage4(uint4* staged, int (&sums)[S::kDigits], f
   } else {
     digits4(digits, v * factor);
   }
-  const unsigned block = f / 64u, q = f / 16u % 4u, field = f % 16u;
-  uint4* piece = staged + block * S::kStagedBlock + field / 4 * S::kPitch + t * S::kDigits * kBlockChunks + q;
+  const unsigned block = f / 64u, q = f / 16u % 4u, word = f / 4u % 4u, field = f % 4u;
+  uint4* piece =
+      staged + block * S::kStagedBlock + (word / 2 * 2 + field / 2) * S::kPitch + t * S::kDigits * kBlockChunks + q;
 #pragma unroll
   for (int d = 0; d < S::kDigits; ++d) {
-    reinterpret_cast<unsigned*>(piece + d * kBlockChunks)[field % 4] = digits[d];
+    reinterpret_cast<unsigned*>(piece + d * kBlockChunks)[field % 2 * 2 + word % 2] = digits[d];
     sums[d] = __dp4a(int(digits[d]), 0x01010101, sums[d]);
   }
 }
 
 // Puts one slice of K of this thread's token into shared memory, zero beyond K and beyond N, and adds what its digits add
-// up to to `sums`. `row` is null where there is no token.
+// up to to `sums`. `row` is null where there is no token. With kHeld > 0 the registers hold all there is to stage: the
+// host sees to it.
 template <typename S>
 __device__ __forceinline__ void stage(uint4* staged, int (&sums)[S::kDigits], const Held<typename S::X, S::kHeld>& held,
                                       const typename S::X* row, const Gamma<typename S::X>& gamma,
-                                      const TokenScale& scale, int K, int first_block, int blocks, bool whole,
-                                      bool aligned) {
+                                      const TokenScale& scale, int K, int first_block, int blocks, bool aligned) {
   using Mine = typename S::Threads;
   const int t = Mine::token(), fields = blocks * 64;
-  if (S::kHeld > 0 && __builtin_expect(whole && scale.pre == 1.f, 1)) {  // the token is in registers, as it is
-    if constexpr (S::kHeld > 0) {
+  if constexpr (S::kHeld > 0) {
 #pragma unroll
-      for (int h = 0; h < S::kHeld; ++h) {
-        const int f = threadIdx.x + h * S::kThreads;
-        if (f < fields) stage4<S>(staged, sums, held.xg[h], scale.factor, t, f);
-      }
-    }
-    // Whole blocks of 256 k may be longer than what the registers hold.
-#pragma unroll 1
-    for (int f = threadIdx.x + S::kHeld * S::kThreads; f < fields; f += S::kThreads) {
-      stage4<S>(staged, sums, make_float4(0.f, 0.f, 0.f, 0.f), 0.f, t, f);
+    for (int h = 0; h < S::kHeld; ++h) {
+      const int f = Mine::thread() + h * Mine::kCount;
+      if (f < fields) stage4<S>(staged, sums, held.xg[h], scale.factor, t, f);
     }
   } else {
-#pragma unroll(S::kHeld > 0 ? 1 : 4)
+#pragma unroll 4
     for (int f = Mine::thread(); f < fields; f += Mine::kCount) {
       const int k = first_block * 256 + 4 * f;
       float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -291,7 +288,7 @@ __device__ __forceinline__ void finish(const Sums<S>& sums, int* partial, const 
     }
     float sum = float(total);
     if constexpr (S::kPlaces > 1) {
-      sum *= __int_as_float((127 - 8 * results.place()) << 23);  // 256^-digit
+      sum *= digit_weight(results.place());
 #pragma unroll
       for (int d = 1; d < S::kPlaces; d *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
     }
@@ -319,7 +316,6 @@ __device__ __forceinline__ void ternary_product(const typename S::X* x, const vo
   constexpr int kPartial = S::kShares * S::kStaged * S::kRows;
   int* partial = reinterpret_cast<int*>(staged + min(units, slice_steps * S::kStep) * S::kStagedUnit) +
                  threadIdx.x / S::kGroup * (2 * kPartial);
-  let_next_kernel_start();
 
 #pragma unroll 1
   for (int n0 = blockIdx.y * S::kTokens; n0 < N; n0 += gridDim.y * S::kTokens) {
@@ -333,16 +329,16 @@ __device__ __forceinline__ void ternary_product(const typename S::X* x, const vo
     load_scales<S>(tail, results, scale, scale_stride, tile, M);
     const TokenLength length(K);
     wait_for_previous_kernels();
+    let_next_kernel_start();  // one ahead is enough; more of them crowd this one's multiprocessors
 
     const bool aligned = S::kAligned || rows_aligned(x, K);
     const Gamma<typename S::X> norm(gamma, S::kGammaF32, K, S::kAligned);
     const typename S::X* row = n0 + Mine::token() < N ? x + (long long)(n0 + Mine::token()) * K : nullptr;
     Held<typename S::X, S::kHeld> held;
-    load_held<S::kNorm, Mine::kCount>(held, row, norm, K, aligned, Mine::thread());
-    load_residuals<S>(tail, results, residual, tile, n0, M);
     const TokenScale own =
         token_scale<S::kNorm, S::kInt8, S::kTokens, S::kThreads>(held, row, norm, length, eps, aligned);
-    const float own_dequant = S::kInt8 ? own.dequant : own.dequant * kTopDigit;
+    load_residuals<S>(tail, results, residual, tile, n0, M);
+    const float own_dequant = S::kInt8 ? own.dequant : own.dequant * kDigitUnit;
     if (S::kTokens > 1 && Mine::thread() == 0) dequants[Mine::token()] = own_dequant;
 
     Sums<S> sums = {};
@@ -359,7 +355,7 @@ __device__ __forceinline__ void ternary_product(const typename S::X* x, const vo
           for (int d = 0; d < S::kDigits; ++d) digit_sums[d] = 0;
         }
         stage<S>(staged, digit_sums, held, row, norm, own, K, first_unit * S::kSpread, staged_units * S::kSpread,
-                 !sliced, aligned);
+                 aligned);
 #pragma unroll
         for (int d = 0; d < S::kDigits; ++d) {
           const int sum = warp_sum(digit_sums[d]);
@@ -394,11 +390,11 @@ __device__ __forceinline__ void ternary_product(const typename S::X* x, const vo
       if (last_step) {
         finish<S>(sums, partial + odd_tile * kPartial, results, tail, q_sum, dequant, residual != nullptr, y, y_dtype,
                   tile, n0, M);
-        sums = {};
         odd_tile = !odd_tile;
       }
       if (!more) break;
       if (last_step) {
+        sums = {};
         load_scales<S>(tail, results, scale, scale_stride, next_tile, M);
         load_residuals<S>(tail, results, residual, next_tile, n0, M);
       }

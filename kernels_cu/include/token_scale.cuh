@@ -25,7 +25,7 @@ struct TokenScale {
 };
 
 // Elements of one token that a thread keeps in registers between the reduction and the staging, so that x crosses L2 once:
-// four consecutive k of every 4 * kCount, kCount threads to the token. First as loaded, then as x g. Empty when the token is longer than that.
+// four consecutive k of every 4 * kCount, kCount threads to the token. First as loaded, then as x g pre.
 template <typename X, int kHeld>
 struct Held {
   Quad<X> x[kHeld];
@@ -35,17 +35,15 @@ struct Held {
 template <typename X>
 struct Held<X, 0> {};
 
-// Only issues the loads. Nothing here may wait for one.
+// Only issues the loads: nothing here may wait for one. `row` null: there is no such token, and all is zero.
 template <bool kNorm, int kCount, typename X, int kHeld>
 __device__ __forceinline__ void load_held(Held<X, kHeld>& held, const X* row, const Gamma<X>& gamma, int K,
                                           bool aligned, int thread) {
-  if constexpr (kHeld > 0) {
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      const int k = 4 * (thread + i * kCount);
-      held.x[i] = load_quad(row, k, K, aligned);
-      if (kNorm) held.gamma[i] = gamma.load(k, K);
-    }
+  for (int i = 0; i < kHeld; ++i) {
+    const int k = 4 * (thread + i * kCount);
+    held.x[i] = load_quad(row, k, row == nullptr ? 0 : K, aligned);
+    if (kNorm) held.gamma[i] = gamma.load(k, K);
   }
 }
 
@@ -83,13 +81,13 @@ __device__ __forceinline__ TokenStats thread_stats(const X* row, const Gamma<X>&
   return s;
 }
 
-// The same from registers, which then hold x g.
+// The same from registers, which then hold x g pre.
 template <bool kNorm, typename X, int kHeld>
-__device__ __forceinline__ TokenStats held_stats(Held<X, kHeld>& held, const Gamma<X>& gamma) {
+__device__ __forceinline__ TokenStats held_stats(Held<X, kHeld>& held, const Gamma<X>& gamma, float pre) {
   TokenStats s{0.f, 0u};
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
-    held.xg[i] = unpack(held.x[i]);
+    held.xg[i] = unpack(held.x[i]) * pre;
     if (kNorm) {
       s.squares += squares4(held.xg[i]);
       held.xg[i] = held.xg[i] * gamma.value(held.gamma[i]);
@@ -170,8 +168,9 @@ struct Share {
   }
 };
 
-// The scale of this thread's token, whose elements are at `row` (null: no such token; its factor and dequant are zero).
-// All threads of the block call it together. `held` may hold the token; its x g is right for a scale whose `pre` is 1.
+// The scale of this thread's token, whose elements are at `row` (null: no such token; its factor and dequant are zero), and
+// with kHeld > 0 the token in registers. All threads of the block call it together. The second attempt, which practically
+// no token needs, is a second turn of the same loop: code that is jumped over still costs its fetching.
 template <bool kNorm, bool kInt8, int kTokens, int kThreads, typename X, int kHeld>
 __device__ __forceinline__ TokenScale token_scale(Held<X, kHeld>& held, const X* row, const Gamma<X>& gamma,
                                                   const TokenLength& length, float eps, bool aligned) {
@@ -179,31 +178,33 @@ __device__ __forceinline__ TokenScale token_scale(Held<X, kHeld>& held, const X*
   __shared__ __align__(16) float squares[kTokens][Mine::kWarps];
   __shared__ __align__(16) unsigned absmax[kTokens][Mine::kWarps];
   const int t = Mine::token(), warp = Mine::thread() / 32;
-
-  TokenStats stats{0.f, 0u};
-  if constexpr (kHeld > 0) {
-    stats = held_stats<kNorm>(held, gamma);
-  } else if (row != nullptr) {
-    stats = thread_stats<X, kNorm, Mine::kCount>(row, gamma, length.K, aligned, 1.f, Mine::thread());
-  }
-  reduce_warp<kNorm>(stats, squares[t], absmax[t], warp);
-  Mine::wait();
-  if (row == nullptr) return {1.f, 0.f, 0.f};
-  TokenScale scale = finish_scale<kNorm, kInt8, Mine::kWarps>(squares[t], absmax[t], length, eps, 1.f);
-  if (kNorm && __builtin_expect(scale.dequant < 0.f, 0)) {
-    Mine::wait();  // every thread has read the first attempt
-    stats = thread_stats<X, kNorm, Mine::kCount>(row, gamma, length.K, aligned, scale.pre, Mine::thread());
+  TokenScale scale{1.f, 0.f, 0.f};
+#pragma unroll 1
+  for (bool first = true;; first = false) {
+    TokenStats stats{0.f, 0u};
+    if constexpr (kHeld > 0) {
+      load_held<kNorm, Mine::kCount>(held, row, gamma, length.K, aligned, Mine::thread());
+      stats = held_stats<kNorm>(held, gamma, scale.pre);
+    } else if (row != nullptr) {
+      stats = thread_stats<X, kNorm, Mine::kCount>(row, gamma, length.K, aligned, scale.pre, Mine::thread());
+    }
     reduce_warp<kNorm>(stats, squares[t], absmax[t], warp);
     Mine::wait();
+    if (row == nullptr) return scale;
     scale = finish_scale<kNorm, kInt8, Mine::kWarps>(squares[t], absmax[t], length, eps, scale.pre);
+    if (!kNorm || !first || !(scale.dequant < 0.f)) return scale;
+    Mine::wait();  // every thread has read the first attempt
   }
-  return scale;
 }
 
-// Four quantised values of an int8 token in one word, lowest k in the lowest byte.
-// No clamp: what the factor leaves above 127 rounds to 127, and NaN, of a token whose result is NaN anyway, becomes zero.
+// Four quantised values of an int8 token in one word, lowest k in the lowest byte. Added to 1.5 * 2^23 in one fma, the product
+// is rounded half to even and lies in the low bits; conversions (F2I) run at a quarter of the rate. No clamp: what the
+// factor leaves above 127 rounds to 127, and a token with a NaN has a result of NaN whatever is here.
+__device__ __forceinline__ unsigned rounded_bits(float v, float factor) {
+  return unsigned(__float_as_int(fmaf(v, factor, 12582912.f)));
+}
 __device__ __forceinline__ int quantise4(float4 v, float factor) {
-  const int a = __float2int_rn(v.x * factor), b = __float2int_rn(v.y * factor);
-  const int c = __float2int_rn(v.z * factor), d = __float2int_rn(v.w * factor);
-  return int((a & 255u) | (b & 255u) << 8 | (c & 255u) << 16 | unsigned(d) << 24);
+  const unsigned low = __byte_perm(rounded_bits(v.x, factor), rounded_bits(v.y, factor), 0x0040u);
+  const unsigned high = __byte_perm(rounded_bits(v.z, factor), rounded_bits(v.w, factor), 0x0040u);
+  return int(__byte_perm(low, high, 0x5410u));
 }

@@ -21,7 +21,10 @@ ATTENTION, COMBINE = (spec(MODEL, "float32").name for spec in (attention_spec, c
 def emulator() -> Emulator:
     emulator = Emulator()
     specs = [ARGMAX, LM_HEAD, attention_spec(MODEL, "float32"), combine_spec(MODEL, "float32"), norm_spec("float16")]
-    specs += [product_launch(20, 1, 772, "float16", "float16", True, activation, H200).launch.spec for activation in ACTIVATIONS]
+    specs += [
+        product_launch(20, 1, 772, "float16", "float16", True, activation, H200).launch.spec
+        for activation in ACTIVATIONS
+    ]
     emulator.build(specs)
     return emulator
 

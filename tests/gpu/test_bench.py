@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 
 import edgellm_cupy as ec
-from edgellm_cupy.bench import latency, report, suite, timing
+from edgellm_cupy.arguments import BFLOAT16
+from edgellm_cupy.bench import latency, report, suite, table, table_figures, timing, tune
 from edgellm_cupy.bench.context import Context
+from edgellm_cupy.bench.shapes import Shape
 from edgellm_cupy.formats.checkpoint import Checkpoint
-from edgellm_cupy.tuning import floor_spec
+from edgellm_cupy.kernels import count_launches
+from edgellm_cupy.tuning import dispatch, floor_spec, tuned
+from edgellm_cupy.tuning.device import current_facts
 
 pytestmark = pytest.mark.gpu
 
@@ -111,3 +115,57 @@ def test_a_floor_that_skips_bytes_is_a_failure(ctx, monkeypatch):
     assert series["value"] is None
     assert "exclusive or" in series["reason"]
     assert len(ctx.failures) == 1
+
+
+def test_the_table_of_shapes_measures_every_line(ctx, monkeypatch):
+    monkeypatch.setattr(table, "TABLE", (Shape("2B4T", "qkv", 1000, 2048), Shape("SmolLM", "down", 576, 1536)))
+    ctx.tokens = (1, 3, 16, 300)
+    result = suite.run(ctx, ["latency"])
+    assert result["errors"] == {}
+    assert result["failures"] == []
+    found = list(table_figures.lines(result["parts"]["latency"]["table"]))
+    assert len(found) == 2 * 4 * 2
+    for line in found:
+        assert line["row"]["correct"]
+        assert (line["alone"] is not None) == (line["n"] == 1)
+        assert (line["over_better"] is not None) == (line["n"] in table.STRATEGY_TOKENS)
+        ours = [line[key] for key in ("time", "floor", "ratio", "gb_per_s", "bandwidth_pct", "warm")]
+        assert all(figure["value"] > 0 for figure in ours)
+    assert result["environment"]["gpu_model"]["value"] == ec.device_name()
+    assert report.markdown(result)
+
+
+def test_the_table_refuses_a_wrong_operation(ctx, monkeypatch):
+    right = ec.rmsnorm_ternary_matmul
+    monkeypatch.setattr(ec, "rmsnorm_ternary_matmul", lambda *args, **options: right(*args, **{**options, "eps": 9.0}))
+    monkeypatch.setattr(table, "TABLE", (Shape("SmolLM", "down", 576, 1536),))
+    ctx.tokens = (1,)
+    assert suite.exit_code(suite.run(ctx, ["latency"])) == 4
+    assert len(ctx.failures) == 6  # two activations, each with three strategies
+
+
+def test_what_was_tuned_is_what_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuned, "folder", lambda: tmp_path)
+    product = tune.Product(Shape("SmolLM", "down", 576, 1536), "float32")
+    outcome = tune.run([product], (1, 3), ("int8", "float"), "bfloat16")
+    assert outcome.failures == []
+    assert len(outcome.rows) == 4
+    for row in outcome.rows:
+        assert row.default_us > 0
+        assert tuned.lookup(row.problem) == (row.best and row.best.config)
+    assert tune.text(outcome)
+
+    # Whatever was faster here: another configuration than the default, as if it had been.
+    import cupy as cp
+
+    problem, facts = outcome.rows[0].problem, current_facts()
+    other = next(c for c in dispatch.candidates(problem, facts) if c != outcome.rows[0].default)
+    tuned.save(tmp_path, tuned.key_of(cp.cuda.runtime.getDevice()), facts, {problem: tuned.Tuned(other, 1.0, 2.0)})
+    W = ec.TernaryWeight.from_int8(cp.ones((576, 1536), cp.int8), 1.0)
+    x, gamma = cp.ones(1536, BFLOAT16), cp.ones(1536, cp.float32)
+    with count_launches() as counter:
+        y = ec.rmsnorm_ternary_matmul(x, gamma, W, activation="int8")
+    assert dispatch.launch(problem, other, facts).launch.spec.name in counter.by_name
+    assert (y.get() == 1536).all()
+    monkeypatch.undo()
+    tuned._tables.cache_clear()

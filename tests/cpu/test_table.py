@@ -1,0 +1,347 @@
+"""The table of shapes: its problems and their check, a run on a GPU that is played by NumPy, and what is made of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import edgellm_cupy as ec
+from edgellm_cupy import cli, runtime
+from edgellm_cupy.bench import baselines, report, reproducibility, suite, table, table_figures, timing
+from edgellm_cupy.bench.context import Context
+from edgellm_cupy.bench.metrics import measured, missing
+from edgellm_cupy.bench.shapes import TABLE, TOKENS, Shape
+from edgellm_cupy.formats.checkpoint import Checkpoint
+from edgellm_cupy.kernels import launch
+from edgellm_cupy.reference import ops
+
+NO_GPU = "the NumPy backend was asked for"
+SMALL = (Shape("2B4T", "qkv", 70, 128), Shape("SmolLM", "out", 40, 64))
+CONFIG = ec.ModelConfig("tiny", 1, 64, 64, 1, 1, 64, 256, max_context=128)
+TIMES = {"adaptive": 4.0, "streaming": 4.0, "separate": 5.0, "alone": 6.0, "cuBLAS": 12.0, "product": 8.0, "floor": 2.0}
+
+
+def context(no_gpu: str | None, tokens: tuple[int, ...]) -> Context:
+    return Context(Checkpoint.random(CONFIG), no_gpu, tokens=tokens)
+
+
+# ---- the problems ---------------------------------------------------------------------------------------------------
+
+
+def test_the_shapes_are_the_sixteen_of_the_table():
+    assert len({shape.name for shape in TABLE}) == len(TABLE) == 16
+    assert max(shape.m * shape.k for shape in TABLE) == 57344 * 8192
+
+
+def test_a_problem_is_ternary_and_the_same_every_time():
+    first, second = (table.Problem.random(SMALL[0], 3) for _ in range(2))
+    assert np.array_equal(first.W.packed, second.W.packed)
+    assert np.array_equal(first.x, second.x)
+    share = np.bincount(first.W.to_int8().reshape(-1) + 1) / first.W.to_int8().size
+    assert share == pytest.approx([1 / 3] * 3, abs=0.02)
+    assert (first.x.dtype, first.gamma.dtype) == (np.float16, np.float16)
+
+
+class FakeArray(np.ndarray):
+    """A NumPy array with the one method of CuPy's that the check needs."""
+
+    def get(self) -> np.ndarray:
+        return np.asarray(self)
+
+
+def fake_cupy() -> SimpleNamespace:
+    def asarray(a):
+        return np.array(a).view(FakeArray)
+
+    pool = SimpleNamespace(free_all_blocks=lambda: None)
+    return SimpleNamespace(
+        asarray=asarray,
+        empty=lambda shape, dtype: np.empty(shape, dtype).view(FakeArray),
+        empty_like=np.empty_like,
+        isnan=np.isnan,
+        float16=np.float16,
+        get_default_memory_pool=lambda: pool,
+        cuda=SimpleNamespace(
+            memory=SimpleNamespace(OutOfMemoryError=MemoryError),
+            runtime=SimpleNamespace(runtimeGetVersion=lambda: 13000),
+        ),
+    )
+
+
+@pytest.mark.parametrize("activation", ["int8", "float"])
+def test_the_sample_finds_a_wrong_row_and_an_unwritten_result(monkeypatch, activation):
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy())
+    monkeypatch.setattr(table, "_SAMPLE_TOKENS", 4)
+    monkeypatch.setattr(table, "_SAMPLE_WEIGHTS", 20 * 128)
+    p = table.Problem.random(SMALL[0], 9)
+    y = np.empty((9, 70), np.float16).view(FakeArray)
+    ops.rmsnorm_ternary_matmul(p.x, p.gamma, p.W, table.EPS, activation, out=y)
+    sample = p.sample(9, activation)
+    assert (len(sample.tokens), len(sample.rows)) == (4, 20)
+    assert (sample.tokens[-1], sample.rows[-1]) == (8, 69)
+    assert sample.check(y) is None
+    assert p.sample(1, activation).check(y[0]) is None
+    outside = next(row for row in range(70) if row not in sample.rows)
+    y[8, outside] = np.nan
+    assert sample.check(y) == "1 of 630 results are NaN"
+    y[8, outside], y[8, 69] = 0, 9
+    assert "in a sample of 4 tokens and 20 rows: y[3, 19] is 9" in sample.check(y)
+
+
+# ---- a run ----------------------------------------------------------------------------------------------------------
+
+
+class FakeGpu:
+    """NumPy in the GPU's place: real results, and the times of :data:`TIMES`."""
+
+    def __init__(self) -> None:
+        self.ran = "adaptive"
+        self.seen: list[tuple[str, str, int]] = []
+
+    def fused(self, x, gamma, W, eps, activation, strategy, out):
+        self.ran = strategy if launch._overlap else "alone"
+        ops.rmsnorm_ternary_matmul(x, gamma, W, eps, activation, None, strategy, out)
+
+    def kernel(self, rotation, rule, prepare):
+        prepare()
+        for call in rotation.calls:
+            call()
+        self.seen.append((self.ran, rotation.l2, rotation.launches))
+        factor = 1.0 if rotation.l2 == "cold" else 0.5
+        return self.series(TIMES[self.ran] * factor, len(rotation.calls), rotation.launches)
+
+    @staticmethod
+    def series(us, copies, launches):
+        return timing.summarise([us] * 10, "us", copies=copies, launches_per_sample=launches)
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> FakeGpu:
+    gpu, cp = FakeGpu(), fake_cupy()
+
+    class CuBlas:
+        version, library = "13.0.0", "fake"
+
+        def product(self, w, x, y):
+            gpu.ran = "cuBLAS" if gpu.ran == "norm" else "product"
+            y[...] = (x.astype(np.float64) @ w.astype(np.float64).T).astype(np.float16)
+
+    def norm(x, gamma, eps, out):
+        gpu.ran = "norm"
+        ops.rmsnorm(x, gamma, eps, out)
+
+    def copies(W):
+        packed, scale = cp.asarray(W.packed), cp.asarray(W.scale)
+        return [ec.TernaryWeight(packed, scale, W.shape) for _ in range(3)]
+
+    def no_wait(call, rule):
+        call()
+        return gpu.series(20.0, 1, 1)
+
+    for module, name, stand_in in (
+        (ec, "rmsnorm_ternary_matmul", gpu.fused),
+        (ec, "rmsnorm", norm),
+        (table, "current_nvml_device", lambda: None),
+        (table, "condition_probes", lambda device: {}),
+        (table, "cold_weights", copies),
+        (table, "conditions", lambda *_: {"throttled": measured(False)}),
+        (table, "measure_bandwidth", lambda ctx, rule: measured(4000.0, "GB/s")),
+        (table, "measure_floor", lambda ctx, data, l2, rule: gpu.series(2.0, 3, 51) | {"blocks": 1, "threads": 2}),
+        (table, "TABLE", SMALL),
+        (timing, "kernel", gpu.kernel),
+        (timing, "device", no_wait),
+        (timing, "l2_bytes", lambda: 1 << 12),
+        (baselines, "CuBlas", CuBlas),
+        (reproducibility, "environment", lambda ctx: dict.fromkeys(("git_commit", "git_modified"), missing("x"))),
+    ):
+        monkeypatch.setattr(module, name, stand_in)
+    monkeypatch.setitem(sys.modules, "cupy", cp)
+    return gpu
+
+
+def measure(tokens: tuple[int, ...]) -> report.Report:
+    result = suite.run(context(None, tokens), ["latency"], "edgellm bench latency --shapes table")
+    assert result["errors"] == {}
+    return json.loads(report._json(result))
+
+
+def test_every_series_of_every_shape(gpu):
+    result = measure((1, 2, 16, 2048))
+    assert suite.exit_code(result) == 0
+    found = list(table_figures.lines(result["parts"]["latency"]["table"]))
+    assert len(found) == 2 * 4 * 2
+    one, sixteen = found[0], found[4]
+    assert {key: one[key]["value"] for key in ("time", "floor", "ratio", "alone", "warm", "cublas", "over_cublas")} == {
+        "time": 4.0, "floor": 2.0, "ratio": 2.0, "alone": 6.0, "warm": 2.0, "cublas": 12.0, "over_cublas": 3.0
+    }  # fmt: skip
+    moved = 70 * 2 * 16 + 70 * 4 + 2 * 128 + 2 * (128 + 70)  # codes, scales, gamma, x and y
+    assert one["gb_per_s"]["value"] == pytest.approx(moved / 4e3)
+    assert one["bandwidth_pct"]["value"] == pytest.approx(moved / 4e3 / 40)
+    assert one["tera_ops"] is None
+    assert sixteen["tera_ops"]["value"] == pytest.approx(2 * 16 * 70 * 128 / 4e6)
+    assert sixteen["alone"] is None
+    assert sixteen["over_better"]["value"] == 1.0
+    assert found[2]["over_better"] is None  # N = 2
+    assert one["time"]["samples"] == [4.0] * 10
+    assert one["row"]["correct"]
+
+
+def test_the_summary_is_computed_from_the_json(gpu):
+    figures = measure((1, 2, 16, 2048))["parts"]["latency"]
+    assert figures["summary"] == table_figures.summary(figures["table"])
+    values = {key: figure["value"] for key, figure in figures["summary"].items()}
+    assert values["ratio_to_floor_int8_geomean"] == pytest.approx(2.0)
+    assert values["alone_over_time_float_geomean"] == pytest.approx(1.5)
+    assert values["time_2_tokens_over_1_geomean"] == 1.0
+    assert values["time_4_tokens_over_1_geomean"] is None  # not asked for
+    assert values["rate_over_cublas_product_2048_int8_min"] == 2.0
+    assert values["warm_over_cold_max"] == 0.5
+    assert values["adaptive_over_better_strategy_max"] == 1.0
+    faster = figures["summary"]["faster_than_cublas_16_to_256"]
+    assert (faster["value"], faster["of"]) == (1, 1)  # of the two shapes only one belongs to 2B4T and Llama-8B
+
+
+def test_extremes_name_their_line(gpu):
+    figures = measure((1,))["parts"]["latency"]["table"]
+    figures["shapes"][1]["tokens"][0]["rows"][1]["ratio_to_floor"]["cold"] = measured(7.0, "x")
+    worst = table_figures.summary(figures)["ratio_to_floor_float_max"]
+    assert (worst["value"], worst["where"]) == (7.0, "SmolLM out, N = 1, float")
+
+
+def test_a_wrong_result_has_no_speed(gpu, monkeypatch):
+    right = gpu.fused
+
+    def wrong(x, gamma, W, eps, activation, strategy, out):
+        right(x, gamma, W, eps, activation, strategy, out)
+        if activation == "float" and strategy != "streaming" and W.shape[0] == 70:
+            out[..., 7] = 9
+
+    monkeypatch.setattr(ec, "rmsnorm_ternary_matmul", wrong)
+    result = measure((1,))
+    assert suite.exit_code(result) == 4
+    assert [line.partition(": ")[0] for line in result["failures"]] == [
+        "2B4T qkv, N = 1, float, adaptive",
+        "2B4T qkv, N = 1, float, separate",
+    ]
+    right_row, wrong_row = result["parts"]["latency"]["table"]["shapes"][0]["tokens"][0]["rows"]
+    assert right_row["correct"]
+    assert not wrong_row["correct"]
+    nulls = [*wrong_row["kernel"].values(), wrong_row["gb_per_s"], wrong_row["ratio_to_floor"]["cold"]]
+    assert all(figure["reason"].startswith("wrong result: ") for figure in nulls)
+    assert wrong_row["strategies"]["streaming"]["value"] == 4.0
+    assert result["parts"]["latency"]["summary"]["ratio_to_floor_float_max"]["value"] is None
+    assert "| 2B4T qkv **wrong** | 70 x 128 | 1 | float | null |" in report.markdown(result)
+
+
+def test_a_result_that_is_wrong_after_timing_only(gpu, monkeypatch):
+    kernel = gpu.kernel
+
+    def late(rotation, rule, prepare):
+        series = kernel(rotation, rule, prepare)
+        prepare()  # the graph wrote nothing
+        return series
+
+    monkeypatch.setattr(timing, "kernel", late)
+    result = measure((1,))
+    assert suite.exit_code(result) == 4
+    assert "results are NaN" in result["failures"][0]
+    cublas = result["parts"]["latency"]["table"]["shapes"][0]["tokens"][0]["baselines"]["cublas_fp16"]["cold"]
+    assert cublas["value"] is None
+    assert not any("cuBLAS" in line for line in result["failures"])  # somebody else's failure is none of ours
+
+
+def test_memory_that_does_not_last_is_no_failure(gpu, monkeypatch):
+    def full(rotation, rule, prepare):
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(timing, "kernel", full)
+    result = measure((1,))
+    assert suite.exit_code(result) == 0
+    row = result["parts"]["latency"]["table"]["shapes"][0]["tokens"][0]["rows"][0]
+    assert row["kernel"]["cold"] == {"value": None, "unit": "us", "reason": "out of memory"}
+
+
+@pytest.mark.parametrize(("us", "least"), [(1.0, 50), (100.0, 50), (250.0, 20), (1e4, 8)])
+def test_a_long_launch_needs_fewer_in_a_graph(monkeypatch, us, least):
+    monkeypatch.setattr(timing, "device", lambda call, rule: FakeGpu.series(us, 1, 1))
+    assert table._launches(lambda: None) == least
+
+
+# ---- what a reader sees ---------------------------------------------------------------------------------------------
+
+
+def test_text_and_markdown_have_a_line_for_each_row(gpu):
+    result = measure((1, 16))
+    text = table_figures.text(result["parts"]["latency"]["table"])
+    rows = [line for line in text.splitlines() if line.startswith(("2B4T qkv", "SmolLM out"))]
+    assert len(rows) == 8
+    assert max(map(len, rows)) <= 140
+    assert "ratio_to_floor_int8_geomean" in text
+    markdown = report.markdown(result)
+    assert markdown.startswith("# edgellm benchmark: a table of 2 shapes on ")
+    assert markdown.count("\n| 2B4T qkv | 70 x 128 | ") == 4
+    assert "| ratio_to_floor_int8_geomean | 2 x | n: 2 |" in markdown
+    assert "programmatic dependent launch" in markdown
+    assert "| Model |" not in markdown
+
+
+def test_without_a_gpu_everything_is_null_with_the_reason(tmp_path):
+    arguments = ["bench", "latency", "--shapes", "table", "--backend", "numpy", "--out", str(tmp_path)]
+    done = CliRunner().invoke(cli.app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "a table of 16 shapes on the NumPy backend" in done.stdout
+    assert "Llama-70B" not in done.stdout  # a table of nulls tells nothing
+    result = report.load(tmp_path / "report.json")
+    found = list(table_figures.lines(result["parts"]["latency"]["table"]))
+    assert len(found) == 16 * len(TOKENS) * 2
+    for line in found:
+        for key in table_figures.COLUMNS:
+            assert line[key] is None or line[key]["reason"] == NO_GPU
+    assert result["summary"]["model_name"]["value"] is None
+    assert (tmp_path / "report.md").read_text().count(NO_GPU) > 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "--shapes", "table"], "--shapes: only for `edgellm bench latency`"),
+        (["bench", "tokens", "--shapes", "table"], "--shapes: only for `edgellm bench latency`"),
+        (["bench", "latency", "--shapes", "table", "--model", "smollm-135m"], "without --model"),
+        (["bench", "latency", "--tokens", "1"], "--tokens: only together with --shapes"),
+        (["bench", "latency", "--shapes", "table", "--tokens", "1,x"], "--tokens is '1,x', expected"),
+        (["bench", "latency", "--shapes", "table", "--tokens", "0"], "--tokens is '0', expected"),
+    ],
+)
+def test_wrong_usage(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli.app, arguments)
+    assert done.exit_code == 2
+    assert message in done.output
+
+
+def test_tokens_are_sorted_and_each_is_taken_once():
+    assert cli._numbers("16, 1,4,4") == (1, 4, 16)
+
+
+def test_the_report_of_a_part_knows_its_commit_and_machine(monkeypatch):
+    monkeypatch.setenv("EDGELLM_COMMIT", "e621a06")
+    result = suite.run(context(NO_GPU, ()), ["transfer"])
+    assert set(result["environment"]) >= {"git_commit", "git_modified", "gpu_model", "driver_version", "cuda_version"}
+    assert "| Source | commit " in report.markdown(result)
+    assert result["summary"]["gpu_model"]["reason"] == NO_GPU
+
+
+def test_the_environment_names_the_gpu(monkeypatch):
+    nvml = SimpleNamespace(driver_version=lambda: measured("580.1"))
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy())
+    monkeypatch.setattr(runtime, "device_name", lambda: "Test GPU")
+    monkeypatch.setattr(reproducibility.hardware, "current_nvml_device", lambda: nvml)
+    found = reproducibility.environment(context(None, ()))
+    assert [found[key]["value"] for key in ("gpu_model", "driver_version", "cuda_version")] == [
+        "Test GPU", "580.1", "13.0"
+    ]  # fmt: skip
