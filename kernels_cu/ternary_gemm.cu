@@ -14,9 +14,8 @@
 //            are unpacked once for all columns, then COLUMN_TILES 16-byte loads feed ROW_TILES * COLUMN_TILES * 2 mma.
 //
 // A ring of `stages` steps in shared memory is filled by cp.async; weights do not depend on earlier kernels, so their
-// first copies are on the way before this one waits for its predecessor. Scales come after the first copies of the
-// activations: to wait for them before would add a trip to every block. A group copies what it alone reads: where it is
-// one warp, warps run free of each other.
+// first copies are on the way before this one waits for its predecessor. A group copies what it alone reads: where it
+// is one warp, warps run free of each other.
 //
 //     a group's part of a stage    weights [kRows][4 chunks q]     activations [kTiles][kPieces][8 columns][4 chunks q]
 //
@@ -27,8 +26,6 @@
 // blocks in ordinary float32.
 //
 // Bound: the tensor cores from some hundred tokens on; before, the trip of weights and activations from L2 and latency.
-// A warp alone on a quarter of a multiprocessor gets nearly as much done there as several, so what counts is the same
-// number of warps everywhere: edgellm_cupy/tuning/gemm.py asks for shared memory with that in mind.
 //
 // Macros: INT8, PLANES (of float16; 1 with INT8), ROW_TILES, COLUMN_TILES, WARP_ROWS, WARP_COLUMNS, THREADS, RESIDENT
 // blocks a multiprocessor that registers are left for, KERNEL_NAME.
@@ -60,7 +57,6 @@ struct GemmShape {
   static constexpr int kPitch = kRows + 4 * kPlanes;
   static_assert(kPlanes == 1 || (kPlanes == 2 && !kInt8), "int8 has one plane, float one or two");
   static_assert((kGroup & (kGroup - 1)) == 0 && kThreads % kGroup == 0, "a thread's copies are a fixed stride apart");
-  static_assert(kTokens <= kThreads, "a thread has one token's scale");
   static_assert(kWeightPieces % kGroup == 0 && kTiles * kTilePieces % kGroup == 0, "every thread copies as much");
 };
 
@@ -107,37 +103,18 @@ struct Copies {
   }
 };
 
-// A operands of piece p: its first and second field. `exponent` is kExponent, computed from something that the compiler
-// does not know: a LOP3 has room for one constant, and the other one would get its register by an instruction of its own
-// every time (17 to 21 % of the main loop).
-constexpr unsigned kExponent = 0x64006400u;  // of 1024 in float16, twice
-
-__device__ __forceinline__ void unpack_piece(Fragments<true>, unsigned (&a)[2][4], unsigned low, unsigned high, int,
-                                             unsigned) {
+// A operands of piece p: its first and second field.
+__device__ __forceinline__ void unpack_piece(Fragments<true>, unsigned (&a)[2][4], unsigned low, unsigned high, int) {
   Fragments<true>::unpack(a, low, high);
 }
-// As Fragments<false>::ternary_f16x2.
-template <int i>
-__device__ __forceinline__ unsigned ternary_f16x2(unsigned word, unsigned exponent) {
-  constexpr unsigned kScale[4] = {0x3c003c00u, 0x34003400u, 0x2c002c00u, 0x24002400u};   // 4^-i
-  constexpr unsigned kOffset[4] = {0xe401e401u, 0xdc04dc04u, 0xd410d410u, 0xcc40cc40u};  // -(1024 4^-i + 1)
-  return fma_f16x2((word & (0x00030003u << (2 * i))) | exponent, kScale[i], kOffset[i]);
-}
-template <int i>
-__device__ __forceinline__ void unpack_field(unsigned (&a)[4], unsigned low, unsigned high, unsigned exponent) {
-  a[0] = ternary_f16x2<i>(low, exponent);
-  a[1] = ternary_f16x2<i>(high, exponent);
-  a[2] = ternary_f16x2<i>(low >> 8, exponent);
-  a[3] = ternary_f16x2<i>(high >> 8, exponent);
-}
-__device__ __forceinline__ void unpack_piece(Fragments<false>, unsigned (&a)[2][4], unsigned low, unsigned high, int p,
-                                             unsigned exponent) {
+__device__ __forceinline__ void unpack_piece(Fragments<false>, unsigned (&a)[2][4], unsigned low, unsigned high,
+                                             int p) {
   if (p % 2 == 0) {
-    unpack_field<0>(a[0], low, high, exponent);
-    unpack_field<1>(a[1], low, high, exponent);
+    Fragments<false>::unpack_field<0>(a[0], low, high);
+    Fragments<false>::unpack_field<1>(a[1], low, high);
   } else {
-    unpack_field<2>(a[0], low, high, exponent);
-    unpack_field<3>(a[1], low, high, exponent);
+    Fragments<false>::unpack_field<2>(a[0], low, high);
+    Fragments<false>::unpack_field<3>(a[1], low, high);
   }
 }
 __device__ __forceinline__ void multiply(int (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
@@ -150,7 +127,7 @@ __device__ __forceinline__ void multiply(float (&sums)[4], const unsigned (&a)[4
 // sums += this warp's rows and columns over one block of 256 k.
 template <typename S>
 __device__ __forceinline__ void multiply_block(typename S::Sum (&sums)[S::kRowTiles][S::kColumnTiles][4],
-                                               const uint4* part, unsigned exponent) {
+                                               const uint4* part) {
   constexpr int kRowPieces = kBlockRows * kBlockChunks, kPieces = S::Operands::kPieces;
   constexpr int kUnroll = S::kRowTiles * S::kColumnTiles > 16 ? 1 : 2;  // large tiles: no registers for what comes next
   const int warp = threadIdx.x % S::kGroup / 32, lane = threadIdx.x % 32;
@@ -171,8 +148,7 @@ __device__ __forceinline__ void multiply_block(typename S::Sum (&sums)[S::kRowTi
       unsigned a[S::kRowTiles][2][4];
 #pragma unroll
       for (int r = 0; r < S::kRowTiles; ++r) {
-        unpack_piece(typename S::Operands(), a[r], first ? low[r].x : low[r].y, first ? high[r].x : high[r].y, p,
-                     exponent);
+        unpack_piece(typename S::Operands(), a[r], first ? low[r].x : low[r].y, first ? high[r].x : high[r].y, p);
       }
 #pragma unroll
       for (int c = 0; c < S::kColumnTiles; ++c) {
@@ -255,14 +231,12 @@ __device__ __forceinline__ RowQuad<T> quad_at(const T* p) {
   return *reinterpret_cast<const RowQuad<T>*>(p);
 }
 
-// What the results need beside the sums, of the block's rows and tokens. Here and not in registers, of which the large
-// tiles have none left.
+// What the results need beside the sums, of the block's rows and tokens.
 template <typename S>
 struct Scales {
   __align__(16) float scale[S::kRows];
   float dequant[S::kTokens];
   int q_sum[S::kTokens];
-  int row0, n0;
 };
 
 // Brings this warp's sums to `exchange`; planes become one value.
@@ -284,30 +258,14 @@ __device__ __forceinline__ void put_sums(Value* exchange, const Value (&sums)[S:
       }
 }
 
-// The residual of a thread's first four rows, where it has no more: loaded before the main loop, whose time hides it.
-template <typename S>
-struct EarlyResidual {
-  static constexpr int kQuads = S::kRows / 4;
-  static constexpr bool kWorth = kQuads * S::kTokens <= S::kThreads;
-  Four four;
-
-  __device__ __forceinline__ void load(const void* residual, int dtype, int M, int N, int row0, int n0) {
-    const int row = row0 + threadIdx.x % kQuads * 4, token = threadIdx.x / kQuads;
-    if (kWorth && residual != nullptr && row < M && token < S::kTokens && n0 + token < N) {
-      four = load_four(residual, (long long)(n0 + token) * M + row, M - row, dtype, fours_aligned(residual, M, dtype));
-    }
-  }
-};
-
 // y from the sums of all groups: a thread has four consecutive rows, of every (kThreads * 4 / kRows)-th token.
 template <typename S>
-__device__ __forceinline__ void finish(const typename S::Sum* exchange, const Scales<S>& scales,
-                                       const EarlyResidual<S>& early, const void* residual, int residual_dtype, void* y,
-                                       int y_dtype, int M, int N) {
+__device__ __forceinline__ void finish(const typename S::Sum* exchange, const Scales<S>& scales, const void* residual,
+                                       int residual_dtype, void* y, int y_dtype, int M, int N, int row0, int n0) {
   constexpr int kQuads = S::kRows / 4, kStride = S::kThreads / kQuads;
   constexpr int kBatch = S::kTokens > 4 * kStride ? 4 : 1;  // residuals in flight
   static_assert(S::kThreads % kQuads == 0, "a thread has the same rows all the time");
-  const int row0 = scales.row0, n0 = scales.n0, row = threadIdx.x % kQuads * 4, count = M - row0 - row;
+  const int row = threadIdx.x % kQuads * 4, count = M - row0 - row;
   const bool vector = fours_aligned(y, M, y_dtype);
   const bool residual_vector = fours_aligned(residual, M, residual_dtype);
   const RowQuad<float> scale = quad_at(scales.scale + row);
@@ -317,9 +275,7 @@ __device__ __forceinline__ void finish(const typename S::Sum* exchange, const Sc
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const int token = first + b * kStride;
-      if (early.kWorth) {
-        added[b] = early.four;
-      } else if (residual != nullptr && token < S::kTokens && n0 + token < N) {
+      if (residual != nullptr && token < S::kTokens && n0 + token < N) {
         const long long i = (long long)(n0 + token) * M + row0 + row;
         added[b] = load_four(residual, i, count, residual_dtype, residual_vector);
       }
@@ -368,44 +324,33 @@ __device__ __forceinline__ void ternary_gemm(const uint4* tiles, const float* de
   Copies<S> copies(w, tiles, M, N * S::kPlanes, C, row0, column_tile * S::kTiles);
   const int ahead = min(stages - 1, steps);
   for (int step = 0; step < ahead; ++step) copies.copy_weights(part + step * S::kStagePieces);
-  if (threadIdx.x == 0) scales.row0 = row0, scales.n0 = n0;
+  for (int r = threadIdx.x; r < S::kRows; r += S::kThreads) {
+    scales.scale[r] = row0 + r < M ? scale[(long long)(row0 + r) * scale_stride] : 0.f;
+  }
   let_next_kernel_start();
   wait_for_previous_kernels();
   for (int step = 0; step < stages - 1; ++step) {
     if (step < steps) copies.copy_tiles(part + step * S::kStagePieces, step * S::kSplits + group < B);
     commit_copies();
   }
-  // Loads first, then the stores that wait for them.
-  const bool has_token = threadIdx.x < min(S::kTokens, N - n0);
-  const float token_dequant = has_token ? dequant[n0 + threadIdx.x] : 0.f;
-  const int token_sum = S::kInt8 && has_token ? q_sums[n0 + threadIdx.x] : 0;
-  EarlyResidual<S> early;
-  early.load(residual, residual_dtype, M, N, row0, n0);
-#pragma unroll
-  for (int r = threadIdx.x; r < S::kRows; r += S::kThreads) {
-    scales.scale[r] = row0 + r < M ? scale[(long long)(row0 + r) * scale_stride] : 0.f;
-  }
-  if (has_token) {
-    scales.dequant[threadIdx.x] = token_dequant;
-    if (S::kInt8) scales.q_sum[threadIdx.x] = token_sum;
+  for (int t = threadIdx.x; t < min(S::kTokens, N - n0); t += S::kThreads) {
+    scales.dequant[t] = dequant[n0 + t];
+    if (S::kInt8) scales.q_sum[t] = q_sums[n0 + t];
   }
 
   typename S::Sum sums[S::kRowTiles][S::kColumnTiles][4] = {};
-  float totals[S::kRowTiles][S::kColumnTiles][2] = {};            // with two planes
-  const unsigned exponent = kExponent + (unsigned(stages) >> 8);  // stages is small
-  const int last = (stages - 1) * S::kStagePieces;
-  int now = 0;
+  float totals[S::kRowTiles][S::kColumnTiles][2] = {};  // with two planes
+  int now = 0, next = (stages - 1) * S::kStagePieces;
   for (int step = 0; step < steps; ++step) {
     wait_for_stage<S>(stages);
     const int coming = step + stages - 1;
     if (coming < steps) {
-      uint4* before = part + (now == 0 ? last : now - S::kStagePieces);
-      copies.copy_weights(before);
-      copies.copy_tiles(before, coming * S::kSplits + group < B);
+      copies.copy_weights(part + next);
+      copies.copy_tiles(part + next, coming * S::kSplits + group < B);
     }
     commit_copies();
     if (step * S::kSplits + group < B) {
-      multiply_block<S>(sums, part + now, exponent);
+      multiply_block<S>(sums, part + now);
       if constexpr (S::kPlanes == 2) {
 #pragma unroll
         for (int r = 0; r < S::kRowTiles; ++r)
@@ -418,7 +363,8 @@ __device__ __forceinline__ void ternary_gemm(const uint4* tiles, const float* de
             }
       }
     }
-    now = now == last ? 0 : now + S::kStagePieces;
+    now = now == (stages - 1) * S::kStagePieces ? 0 : now + S::kStagePieces;
+    next = next == (stages - 1) * S::kStagePieces ? 0 : next + S::kStagePieces;
   }
 
   __syncthreads();  // nobody reads the ring any more
@@ -429,7 +375,7 @@ __device__ __forceinline__ void ternary_gemm(const uint4* tiles, const float* de
     put_sums<S>(exchange, sums);
   }
   __syncthreads();
-  finish<S>(exchange, scales, early, residual, residual_dtype, y, y_dtype, M, N);
+  finish<S>(exchange, scales, residual, residual_dtype, y, y_dtype, M, N, row0, n0);
 }
 
 // No __restrict__ for what earlier kernels write: its loads could be moved before the wait.

@@ -44,20 +44,23 @@ class Problem(NamedTuple):
         return 1 if self.activation == "int8" else PLANES[self.x_dtype]
 
 
-def streams(problem: Problem) -> bool:
-    """Whether "adaptive" norms the tokens inside the product. Every block does it again, which grows with n * k; the
-    launch in front that it saves does not."""
+def streams(problem: Problem, device: DeviceFacts) -> bool:
+    """Whether "adaptive" norms the tokens inside the product. Every block does it again, which grows with its tokens and
+    with k, and every block of tokens reads the weights again, which is free while all blocks lie side by side; the
+    launch in front that it saves costs 1 to 2 us."""
     if problem.n == 1:
         return True
-    if problem.activation == "float" or not problem.aligned or problem.x_dtype == "float32":
+    if problem.n > 8 or not problem.aligned or problem.x_dtype == "float32":
         return False  # only one token is laid out for these
-    return problem.n * problem.k <= 16384
+    config = choose_config(*problem[:4], problem.aligned, problem.activation, device)
+    token_blocks, tiles = -(-problem.n // config.tokens), -(-problem.m // config.tile)
+    return config.tokens * problem.k <= 16384 and (token_blocks == 1 or token_blocks * tiles <= device.multiprocessors)
 
 
 def choose(problem: Problem, strategy: str, device: DeviceFacts) -> Config:
     """The configuration for a strategy: "streaming", "separate" or "adaptive"."""
     m, n, k = problem[:3]
-    if strategy == "streaming" or (strategy == "adaptive" and streams(problem)):
+    if strategy == "streaming" or (strategy == "adaptive" and streams(problem, device)):
         return choose_config(m, n, k, problem.x_dtype, problem.aligned, problem.activation, device)
     return choose_gemm(m, n, k, problem.activation, problem.planes, device)
 

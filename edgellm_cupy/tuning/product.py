@@ -62,26 +62,46 @@ class ProductConfig:
         return 4 * self.held * self.threads // self.tokens // unit * unit if self.held else None
 
 
-# Aligned float16 and bfloat16, by tokens, then by K: the first that is long enough. Measured on an H200, chained and
-# with a cold L2. Whole tokens in registers, and deep loads, are worth more than wide blocks; two blocks of 256 threads
-# a multiprocessor more than one of 512, because the next kernel's weights arrive while this one works.
-_ONE_TOKEN = (
-    ProductConfig(1, 2, 2, 1, 128, 2, 4),
-    ProductConfig(1, 2, 3, 1, 192, 2, 2),
-    ProductConfig(1, 2, 1, 5, 256, 3, 2),
-    ProductConfig(1, 2, 2, 3, 256, 4, 2),
-    ProductConfig(1, 2, 4, 4, 512, 4),
-    ProductConfig(1, 2, 8, 3, 512, 7),
-    ProductConfig(1, 2, 8, 4, 512),
-)
-_MORE_TOKENS = {
-    2: (ProductConfig(2, 2, 1, 5, 256, 5), ProductConfig(2, 2, 2, 4, 512, 4), ProductConfig(2, 1, 8, 4, 512, 7)),
-    4: (ProductConfig(4, 1, 4, 3, 512, 5), ProductConfig(4, 1, 4, 2, 512, 8)),
+# Aligned float16 and bfloat16, by activation and tokens, then by K: the first that is long enough. Measured on an H200,
+# chained and with a cold L2. Whole tokens in registers, and deep loads, are worth more than wide blocks; two blocks of
+# 256 threads a multiprocessor more than one of 512, because the next kernel's weights arrive while this one works.
+_TABLE = {
+    ("int8", 1): (
+        ProductConfig(1, 2, 2, 1, 128, 2, 4),
+        ProductConfig(1, 2, 3, 1, 192, 2, 2),
+        ProductConfig(1, 2, 1, 5, 256, 3, 2),
+        ProductConfig(1, 4, 1, 4, 256, 4, 2),
+        ProductConfig(1, 2, 2, 7, 384, 5),
+        ProductConfig(1, 2, 4, 4, 512, 4),
+        ProductConfig(1, 2, 8, 4, 512, 7),
+        ProductConfig(1, 2, 8, 4, 512),
+    ),
+    ("int8", 2): (
+        ProductConfig(2, 2, 1, 5, 256, 5),
+        ProductConfig(2, 2, 2, 4, 512, 4),
+        ProductConfig(2, 1, 8, 4, 512, 7),
+        ProductConfig(2, 2, 4, 4, 512),
+    ),
+    ("int8", 4): (
+        ProductConfig(4, 1, 4, 3, 512, 5),
+        ProductConfig(4, 1, 4, 2, 512, 8),
+        ProductConfig(4, 2, 4, 4, 512),
+    ),
+    ("float", 1): (
+        ProductConfig(1, 1, 3, 1, 192, 1),
+        ProductConfig(1, 1, 6, 1, 192, 2, 2),
+        ProductConfig(1, 2, 1, 5, 256, 3, 2),
+        ProductConfig(1, 2, 2, 3, 256, 4, 2),
+        ProductConfig(1, 2, 2, 7, 384, 5),
+        ProductConfig(1, 2, 4, 4, 512, 4),
+        ProductConfig(1, 2, 8, 3, 512, 7),
+        ProductConfig(1, 2, 8, 4, 512),
+    ),
 }
 # float32, and rows that cannot be loaded four elements at a time: correct everywhere, tuned for nothing.
 _ANY = ProductConfig(1, 1, 4, 2, 256)
 
-CONFIGS = (*_ONE_TOKEN, *(config for configs in _MORE_TOKENS.values() for config in configs))
+CONFIGS = (*dict.fromkeys(config for configs in _TABLE.values() for config in configs), _ANY)
 
 
 @dataclass(frozen=True)
@@ -116,9 +136,8 @@ def product_candidates(
     return (
         *(
             c
-            for c in CONFIGS
-            if c.tokens == tokens
-            and (c.longest is None or k <= c.longest)
+            for c in _TABLE[activation, tokens]
+            if (c.longest is None or k <= c.longest)
             and _shared_bytes(c, _columns(c, x_dtype, activation), min(blocks, c.step)) <= _shared_limit(device)
         ),
         _ANY,
@@ -219,6 +238,6 @@ def product_specs() -> Iterator[KernelSpec]:
                     if not aligned or dtype == "float32":
                         yield product_spec(dtype, gamma, aligned, activation, _ANY)
                     else:
-                        for config in CONFIGS:
-                            if activation == "int8" or config.tokens == 1:
-                                yield product_spec(dtype, gamma, aligned, activation, config)
+                        for (kind, _), configs in _TABLE.items():
+                            if kind == activation:
+                                yield from (product_spec(dtype, gamma, aligned, activation, c) for c in configs)

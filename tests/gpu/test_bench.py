@@ -145,6 +145,7 @@ def test_the_table_refuses_a_wrong_operation(ctx, monkeypatch):
 
 
 def test_what_was_tuned_is_what_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGELLM_TUNED", "1")
     monkeypatch.setattr(tuned, "folder", lambda: tmp_path)
     product = tune.Product(Shape("SmolLM", "down", 576, 1536), "float32")
     outcome = tune.run([product], (1, 3), ("int8", "float"), "bfloat16")
