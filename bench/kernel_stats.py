@@ -47,7 +47,7 @@ def run(ctx: Context) -> dict[str, Any]:
     ctx.progress("kernels of one token")
     tokens = 64 if ctx.quick else 256
     for kernel in loaded():
-        kernel.launch_shapes.clear()  # of prompts and products; what is recorded below is a token's
+        kernel.forget_launches()  # of prompts and products; what is recorded below is a token's
     with count_launches() as recorded:  # a new cache has buffers of its own, hence a graph of its own
         cache = ctx.model.new_cache(CONTEXT + tokens)
         token = ctx.model.decode_one_token(1, cache)

@@ -14,7 +14,7 @@ _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 class TernaryWeight:
-    """A matrix W = scale * t with t in {-1, 0, 1}, two bits a weight.
+    """A matrix W = scale * t with t in {-1, 0, 1}, two bits a weight. Immutable: kernels read it ahead of their turn.
 
     It lives where its codes came from: NumPy codes give a host weight, CuPy codes one on their device.
     :meth:`to_device` and :meth:`to_host` copy; nothing else ever crosses between host and device.
@@ -30,8 +30,11 @@ class TernaryWeight:
     __slots__ = ("packed", "scale", "shape")
 
     def __init__(self, packed: Any, scale: Any, shape: tuple[int, int]):
-        """For the package's own use: takes the arrays as they are, without a check."""
+        """For the package's own use: takes the arrays as they are, without a check. Waits until they are written."""
         self.packed, self.scale, self.shape = packed, scale, shape
+        if self.on_device:
+            # Kernels read weights before the kernels in front of them have ended (kernels_cu/include/ptx.cuh).
+            namespace(packed).cuda.get_current_stream().synchronize()
 
     # ---- making one -------------------------------------------------------------------------------------------------
 

@@ -80,17 +80,19 @@ class Launcher:
             _PARAMETER_BUFFER, ctypes.addressof(self._buffer), _PARAMETER_BYTES, ctypes.addressof(self._size), _END
         )
         self._configurations: dict[Shape, _Configuration] = {}
+        self.launches: dict[Shape, int] = {}
 
     def __call__(self, stream: int, shape: Shape, args: tuple[Any, ...]) -> None:
-        """Enqueue on `stream`. args: CuPy arrays, None, numbers.
+        """Enqueue on `stream`. args: CuPy arrays, None, numbers. `launches` counts.
 
         Raises:
             struct.error: the arguments are not what the kernel declares.
             CUDADriverError: the driver refused the launch.
         """
-        values = [a if a.__class__ is int else _value(a) for a in args]
+        values = [a if a.__class__ in _PLAIN else _value(a) for a in args]
         configuration = self._configurations.get(shape)
         if configuration is None:
+            self.launches[shape] = 0
             configuration = self._configurations[shape] = _Configuration(
                 shape[0], shape[1], shape[2], None, ctypes.cast(_OVERLAP, ctypes.POINTER(_Attribute))
             )
@@ -108,11 +110,17 @@ class Launcher:
             from cupy_backends.cuda.api.driver import CUDADriverError
 
             raise CUDADriverError(status)
+        self.launches[shape] += 1
+
+
+_PLAIN = frozenset((int, float, bool))
 
 
 def _value(a: Any) -> Any:
     """What goes into the parameter buffer: an array's address, zero for None, a number as it is."""
     if a is None:
         return 0
-    data = getattr(a, "data", None)
-    return getattr(data, "ptr", a)
+    try:
+        return a.data.ptr
+    except AttributeError:
+        return a

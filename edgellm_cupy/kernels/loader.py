@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..runtime import require_cupy
-from .launch import Launcher
+from .launch import Launcher, Shape
 from .nvrtc import cubin_file
 from .spec import KernelSpec
 
@@ -38,9 +38,9 @@ class Kernel:
         self.spec, self._cp = spec, cp
         self._raw = cp.RawModule(path=str(cubin_file(spec, arch))).get_function(spec.name)
         self._attributes = self._raw.attributes  # CuPy loads lazily: now, not at a first launch inside a capture
+        self._get_stream = cp.cuda.get_current_stream
         self._launcher = Launcher(self._raw.kernel.ptr, spec.parameters, may_overlap=arch >= 90 and spec.waits)
         self._shared_limit = _UNASKED_SHARED - self._attributes["shared_size_bytes"]
-        self.launch_shapes: Counter[tuple[tuple[int, ...], tuple[int, ...], int]] = Counter()
 
     def __call__(
         self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], shared_bytes: int = 0
@@ -49,12 +49,19 @@ class Kernel:
         if shared_bytes > self._shared_limit:
             self._raw.max_dynamic_shared_size_bytes = shared_bytes
             self._shared_limit = shared_bytes
-        shape = (grid, block, shared_bytes)
-        self._launcher(self._cp.cuda.get_current_stream().ptr, shape, args)
-        self.launch_shapes[shape] += 1
+        self._launcher(self._get_stream().ptr, (grid, block, shared_bytes), args)
         if _counters:
             for counter in _counters:
                 counter.by_name[self.spec.name] += 1
+
+    @property
+    def launch_shapes(self) -> Counter[Shape]:
+        """(grid, block, dynamic shared memory in bytes) -> launches since they were last forgotten."""
+        return Counter({shape: count for shape, count in self._launcher.launches.items() if count})
+
+    def forget_launches(self) -> None:
+        """Start `launch_shapes` anew."""
+        self._launcher.launches = dict.fromkeys(self._launcher.launches, 0)
 
     @property
     def info(self) -> KernelInfo:

@@ -45,9 +45,11 @@ class Problem(NamedTuple):
 
 
 def streams(problem: Problem, device: DeviceFacts) -> bool:
-    """Whether "adaptive" norms the tokens inside the product. Every block does it again, which grows with its tokens and
-    with k, and every block of tokens reads the weights again, which is free while all blocks lie side by side; the
-    launch in front that it saves costs 1 to 2 us."""
+    """Whether "adaptive" norms the tokens inside the product.
+
+    Every block does it again, which grows with its tokens and with k, and every block of tokens reads the weights
+    again, which is free while all blocks lie side by side; the launch in front that it saves costs 1 to 2 us.
+    """
     if problem.n == 1:
         return True
     if problem.n > 8 or not problem.aligned or problem.x_dtype == "float32":

@@ -162,7 +162,7 @@ class _WarpCost:
     lone: float
 
 
-_WARP_COST = {"int8": _WarpCost(0.0074, 0.0099, 0.0099, 4.45), "float": _WarpCost(0.0123, 0.0344, 0.0141, 4.9)}
+_WARP_COST = {"int8": _WarpCost(0.0074, 0.0099, 0.0097, 4.45), "float": _WarpCost(0.0123, 0.0344, 0.0141, 4.9)}
 
 
 def _microseconds(
