@@ -9,6 +9,7 @@ import edgellm_cupy as ec
 from edgellm_cupy import verify
 from edgellm_cupy.arguments import BFLOAT16
 from edgellm_cupy.kernels import capture, count_launches, loader
+from edgellm_cupy.kernels.launch import overlap
 from edgellm_cupy.reference.accuracy import check
 
 pytestmark = pytest.mark.gpu
@@ -21,7 +22,8 @@ def cp():
 
 @pytest.fixture
 def problem(cp):
-    case = verify.Case(m=96, n=1, k=576, dtype=np.dtype(np.float16), activation="int8", strategy="streaming")
+    half = np.dtype(np.float16)
+    case = verify.Case(m=96, n=1, k=576, dtype=half, gamma_dtype=half, activation="int8", choice="streaming")
     arrays = verify.random_problem(case, np.random.default_rng(0))
     weight = ec.TernaryWeight.from_int8(arrays["t"], arrays["scale"])
     return arrays["x"][0], arrays["gamma"], weight
@@ -123,6 +125,37 @@ def test_fused_product_of_one_token_is_one_launch(cp, problem):
     with count_launches() as counter:
         ec.rmsnorm_ternary_matmul(cp.tile(arguments[0], (300, 1)), *arguments[1:], activation="int8")
     assert counter.kernels == 2  # not one a token
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("n", [1, 3, 40])
+def test_launches_that_overlap_wait_for_what_they_read(cp, n, captured):
+    """A chain of products, each of which starts before the one whose result it reads has ended."""
+    rng = np.random.default_rng(n)
+    weights = [
+        ec.TernaryWeight.from_int8(rng.integers(-1, 2, (576, 576), dtype=np.int8), 0.05).to_device() for _ in range(5)
+    ]
+    first = cp.asarray(rng.standard_normal((n, 576)).astype(np.float16))
+    gamma = cp.ones(576, np.float16)
+    buffers = [cp.empty_like(first), cp.empty_like(first)]
+
+    def chain():
+        buffers[0][...] = first
+        for i in range(60):
+            x, out = buffers[i % 2], buffers[(i + 1) % 2]
+            ec.rmsnorm_ternary_matmul(x, gamma, weights[i % 5], 1e-5, "int8", out=out)
+
+    def result(enabled):
+        with overlap(enabled):
+            run = capture(chain).launch if captured else chain
+        with overlap(enabled):
+            run()
+        return buffers[0].get()
+
+    chain()
+    expected = result(False)
+    for _ in range(20):
+        np.testing.assert_array_equal(result(True), expected)
 
 
 def test_torch_tensor_through_dlpack(cp, problem):
