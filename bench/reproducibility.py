@@ -3,8 +3,8 @@
 Results of :func:`run`: nvcc_version and gcc_version (of the PATH; nothing here uses them), nvrtc_version, build_flags
 (what NVRTC is really given), clock_locking, versions, source, python, environment, blas, weights, prompt_seed.
 
-A copy of the tree that has no usable .git, such as one on another machine, is told its commit by the environment
-variable EDGELLM_COMMIT.
+A copy of the tree whose .git is missing or behind, such as one on another machine, is told its commit by the
+environment variable EDGELLM_COMMIT.
 """
 
 from __future__ import annotations
@@ -134,14 +134,13 @@ def _versions() -> dict[str, str]:
 
 def _source() -> dict[str, Metric]:
     """The git commit when this package runs from a checkout, and whether files differ from it."""
-    root = Path(__file__).resolve().parents[1]
-    commit, changes = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain")
-    told = os.environ.get("EDGELLM_COMMIT")
-    if commit["value"] is None and told:
+    if told := os.environ.get("EDGELLM_COMMIT"):
         return {
             "git_commit": measured(told, source="EDGELLM_COMMIT"),
             "git_modified": missing("the commit is what EDGELLM_COMMIT says, nothing was compared with it"),
         }
+    root = Path(__file__).resolve().parents[1]
+    commit, changes = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain")
     modified = changes if changes["value"] is None else measured(bool(changes["value"]))
     return {"git_commit": commit, "git_modified": modified}
 

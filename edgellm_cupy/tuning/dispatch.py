@@ -47,16 +47,21 @@ class Problem(NamedTuple):
 def streams(problem: Problem, device: DeviceFacts) -> bool:
     """Whether "adaptive" norms the tokens inside the product.
 
-    Every block does it again, which grows with its tokens and with k, and every block of tokens reads the weights
-    again, which is free while all blocks lie side by side; the launch in front that it saves costs 1 to 2 us.
+    Every block does it again, which grows with its tokens and with k, unless it has so many rows that this does not
+    matter; every block of tokens reads the weights again, which is free while all blocks lie side by side. The launch
+    in front that it saves costs 1 to 2 us. The numbers separate what was measured on an H200 (`--shapes table`).
     """
-    if problem.n == 1:
+    m, n, k = problem[:3]
+    if n == 1:
         return True
-    if problem.n > 8 or not problem.aligned or problem.x_dtype == "float32":
+    if not problem.aligned or problem.x_dtype == "float32":
         return False  # only one token is laid out for these
-    config = choose_config(*problem[:4], problem.aligned, problem.activation, device)
-    token_blocks, tiles = -(-problem.n // config.tokens), -(-problem.m // config.tile)
-    return config.tokens * problem.k <= 16384 and (token_blocks == 1 or token_blocks * tiles <= device.multiprocessors)
+    config = choose_config(m, n, k, problem.x_dtype, problem.aligned, problem.activation, device)
+    token_blocks, tiles = -(-n // config.tokens), -(-m // config.tile)
+    if token_blocks == 1:
+        return config.tokens * k <= 16384 or tiles >= 8 * device.multiprocessors
+    side_by_side = token_blocks * tiles <= 2 * device.multiprocessors
+    return side_by_side and config.tokens * k <= 10240 and n * k <= 24576
 
 
 def choose(problem: Problem, strategy: str, device: DeviceFacts) -> Config:

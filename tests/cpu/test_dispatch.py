@@ -1,0 +1,89 @@
+"""Dispatch on descriptions of real GPUs: whatever the problem, the choice is enumerated and fits the device."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from edgellm_cupy.tuning import dispatch, specialisations
+from edgellm_cupy.tuning.device import DeviceFacts
+from edgellm_cupy.tuning.gemm import GemmConfig
+from edgellm_cupy.tuning.product import _STATIC_SHARED_BYTES, ProductConfig
+
+KIB = 1024
+GPUS = {
+    "T4": DeviceFacts(75, 40, 1024, 64 * KIB, 64 * KIB),
+    "A100": DeviceFacts(80, 108, 2048, 164 * KIB, 163 * KIB),
+    "Jetson Orin": DeviceFacts(87, 16, 1536, 164 * KIB, 163 * KIB),
+    "RTX 4090": DeviceFacts(89, 128, 1536, 100 * KIB, 99 * KIB),
+    "H100": DeviceFacts(90, 132, 2048, 228 * KIB, 227 * KIB),
+    "H200": DeviceFacts(90, 132, 2048, 228 * KIB, 227 * KIB),
+    "B200": DeviceFacts(100, 148, 2048, 228 * KIB, 227 * KIB),
+    "RTX 5090": DeviceFacts(120, 170, 1536, 100 * KIB, 99 * KIB),
+}
+ENUMERATED = frozenset(specialisations())
+
+
+def random_problem(rng: np.random.Generator) -> dispatch.Problem:
+    def size(most: int) -> int:
+        """Small and large alike, every third a multiple of 64."""
+        value = int(np.exp(rng.uniform(0, np.log(most))))
+        return value if rng.integers(3) else max(64, value // 64 * 64)
+
+    x_dtype = str(rng.choice(["float16", "bfloat16", "float32"]))
+    k = size(200_000)
+    return dispatch.Problem(
+        size(100_000),
+        1 if rng.integers(3) == 0 else size(5000),
+        k,
+        x_dtype,
+        [None, "float32", x_dtype][rng.integers(3)],
+        k % 4 == 0 and bool(rng.integers(4)),
+        str(rng.choice(["int8", "float"])),
+    )
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_every_choice_is_enumerated_and_fits(gpu):
+    facts, rng = GPUS[gpu], np.random.default_rng(len(gpu))
+    for _ in range(1500):
+        problem = random_problem(rng)
+        for strategy in ("adaptive", "streaming", "separate"):
+            config = dispatch.choose(problem, strategy, facts)
+            plan = dispatch.launch(problem, strategy, facts)
+            launch = plan.launch
+            what = f"{problem}, {strategy}: {launch}"
+            assert config == plan.config, what
+            assert config in dispatch.candidates(problem, facts), what
+            assert launch.spec in ENUMERATED, what
+            assert launch.shared_bytes + _STATIC_SHARED_BYTES <= facts.block_shared_bytes + KIB, what
+            assert launch.block[0] * launch.block[1] <= 1024, what
+            assert min(launch.grid) >= 1, what
+            assert launch.grid[0] < 2**31, what
+            assert max(launch.grid[1:]) <= 65535, what
+            if strategy != "adaptive":
+                assert isinstance(config, ProductConfig if strategy == "streaming" else GemmConfig), what
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_one_token_always_streams(gpu):
+    for m, k in ((576, 576), (28672, 4096), (8192, 28672), (37, 577)):
+        problem = dispatch.Problem(m, 1, k, "float16", "float16", k % 4 == 0, "int8")
+        assert isinstance(dispatch.choose(problem, "adaptive", GPUS[gpu]), ProductConfig)
+
+
+def test_many_tokens_are_normed_once():
+    for n in (64, 4096):
+        problem = dispatch.Problem(2560, n, 2560, "float16", "float16", True, "int8")
+        assert isinstance(dispatch.choose(problem, "adaptive", GPUS["H200"]), GemmConfig)
+
+
+def test_the_choice_is_printed_once(monkeypatch, capsys):
+    monkeypatch.setenv("EDGELLM_PRINT_CONFIG", "1")
+    dispatch.launch.cache_clear()
+    problem = dispatch.Problem(576, 1, 576, "float16", "float16", True, "int8")
+    for _ in range(3):
+        dispatch.launch(problem, "adaptive", GPUS["H200"])
+    printed = capsys.readouterr().err
+    assert printed.count("edgellm: ") == 1
+    assert "m=576, n=1, k=576" in printed
