@@ -298,9 +298,9 @@ def kernel(rotation: Rotation, rule: StopRule, prepare: Callable[[], Any] | None
     """The `kernel` series in microseconds a call: one sample is one replay of the graph, divided by its calls.
 
     Another replay goes before it, so that the device is busy when it reaches the first event: the start of a graph,
-    about 5 us, stays out of the sample. What the graph needs between two nodes (0.8 us on an H200, as an empty kernel
-    shows) stays in. `prepare` is called between the capture and the first replay, for example to poison the result
-    that the graph has to write.
+    about 5 us, stays out of the sample. What the graph needs between two nodes stays in: 0.8 us on an H200, as an empty
+    kernel shows, less where launches overlap. `prepare` is called between the capture and the first replay, for example
+    to poison the result that the graph has to write.
 
     Raises:
         ValueError: see :func:`capture`.

@@ -23,8 +23,9 @@ MODEL_DTYPES = {"float16": FLOAT16, "bfloat16": BFLOAT16, "float32": FLOAT32}
 ACTIVATIONS = ("float", "int8")
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 LARGEST_BATCH = 65_535  # a launch has one row of blocks a sequence
-LARGEST_INT8_K = 4_000_000
-"""Codes of up to 2 times int8 values add up to less than 2**31 for any K below this."""
+LARGEST_K = 4_000_000
+"""Sums of codes, up to 128 in place, times 8-bit values stay below 2**31: an accumulator has at most a quarter of an
+eighth of K (kernels_cu/include/ternary_product.cuh)."""
 STRATEGIES = ("adaptive", "streaming", "separate")
 
 
@@ -132,8 +133,8 @@ def _check_product(array_type: Any, x: Any, W: Any, activation: str, residual: A
     _check_weight(array_type, x, W)
     if activation not in ACTIVATIONS:
         raise ArgumentValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-    if activation == "int8" and W.shape[1] > LARGEST_INT8_K:
-        raise ArgumentValueError(f"W has K = {W.shape[1]}, expected at most {LARGEST_INT8_K} for exact int32 sums")
+    if W.shape[1] > LARGEST_K:
+        raise ArgumentValueError(f"W has K = {W.shape[1]}, expected at most {LARGEST_K} for exact int32 sums")
     shape = (*x.shape[:-1], W.shape[0])
     if residual is not None:
         _check_result(array_type, "residual", residual, shape, (x.dtype,))

@@ -10,7 +10,7 @@ Inside a chunk, 32-bit word j holds elements 16j .. 16j+15, and element 16j + 4i
     element 16j +    15     11      7      3   |   14   ...  | ... |  12     8     4     0
 
 Why: ``word & (0x03030303 << 2i)`` leaves the four codes 4i .. 4i+3, one a byte and still scaled by 4**i. That is an
-operand of ``dp4a`` against four *consecutive* int8 activations, with one mask and no shift.
+operand of the tensor cores against four *consecutive* int8 activations, with one mask and no shift.
 
 All functions take NumPy or CuPy arrays (``xp`` is the array's own module) and return arrays of the same kind; nothing
 is copied between host and device.

@@ -41,7 +41,6 @@ class _Configuration(ctypes.Structure):  # CUlaunchConfig
 
 _OVERLAP = (_Attribute * 1)(_Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, b"", 1))
 _overlap = os.environ.get("EDGELLM_OVERLAP") != "0"
-_lock = threading.Lock()  # a launcher's buffers are filled, then read by the driver, without the GIL
 
 
 @contextmanager
@@ -73,7 +72,7 @@ class Launcher:
     def __init__(self, function: int, parameters: str, may_overlap: bool):
         self._function, self._may_overlap = ctypes.c_void_p(function), may_overlap
         self._pack = struct.Struct(parameters)
-        self._pointers = parameters.count("P")
+        self._lock = threading.Lock()  # the buffers are filled, then read by the driver, without the GIL
         self._buffer = ctypes.create_string_buffer(self._pack.size)
         self._size = ctypes.c_size_t(self._pack.size)
         self._extra = (ctypes.c_void_p * 5)(
@@ -92,11 +91,10 @@ class Launcher:
         values = [a if a.__class__ in _PLAIN else _value(a) for a in args]
         configuration = self._configurations.get(shape)
         if configuration is None:
-            self.launches[shape] = 0
             configuration = self._configurations[shape] = _Configuration(
                 shape[0], shape[1], shape[2], None, ctypes.cast(_OVERLAP, ctypes.POINTER(_Attribute))
             )
-        with _lock:
+        with self._lock:
             self._pack.pack_into(self._buffer, 0, *values)
             configuration.stream = stream
             configuration.attribute_count = self._may_overlap and _overlap
@@ -110,7 +108,7 @@ class Launcher:
             from cupy_backends.cuda.api.driver import CUDADriverError
 
             raise CUDADriverError(status)
-        self.launches[shape] += 1
+        self.launches[shape] = self.launches.get(shape, 0) + 1
 
 
 _PLAIN = frozenset((int, float, bool))

@@ -57,11 +57,11 @@ class Kernel:
     @property
     def launch_shapes(self) -> Counter[Shape]:
         """(grid, block, dynamic shared memory in bytes) -> launches since they were last forgotten."""
-        return Counter({shape: count for shape, count in self._launcher.launches.items() if count})
+        return Counter(self._launcher.launches)
 
     def forget_launches(self) -> None:
         """Start `launch_shapes` anew."""
-        self._launcher.launches = dict.fromkeys(self._launcher.launches, 0)
+        self._launcher.launches = {}
 
     @property
     def info(self) -> KernelInfo:

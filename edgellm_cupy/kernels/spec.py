@@ -61,7 +61,7 @@ class KernelSpec:
     @cached_property
     def waits(self) -> bool:
         """Whether the kernel itself waits for its predecessors, so that it may be launched before they have ended."""
-        return "wait_for_previous_kernels();" in self.source()
+        return "wait_for_previous_kernels();" in _without_comments(self.source())
 
     def defines(self) -> tuple[tuple[str, str], ...]:
         """Every macro, KERNEL_NAME included."""

@@ -127,7 +127,7 @@ def _separate(
     dequant = workspace(cp, (n,), np.float32)
     q_sums = workspace(cp, (n,), np.int32) if activation == "int8" else None
     front, launch = quantise_tiles_launch(n, k, problem.x_dtype, gamma is not None, activation), plan.launch
-    args: tuple[Any, ...] = (x, gamma, gamma is None or gamma.dtype == FLOAT32, tiles, dequant, q_sums, k, n, eps)
+    args: tuple[Any, ...] = (x, gamma, gamma is None or gamma.dtype == FLOAT32, tiles, dequant, q_sums, k, eps)
     load(front.spec)(front.grid, front.block, args, front.shared_bytes)
     args = (
         *(tiles, dequant, q_sums),

@@ -55,7 +55,7 @@ def ternary_matmul(x: Any, W: TernaryWeight, activation: str = "float", out: Any
     Args:
         x: float16, bfloat16 or float32 CuPy array [K] or [N, K], C-contiguous.
         W: [M, K] on the same device.
-        activation: ``"float"`` keeps x's precision, with float32 sums; ``"int8"`` quantises each token by its absmax,
+        activation: ``"float"`` keeps x's precision; ``"int8"`` quantises each token by its absmax,
             half to even, as BitNet b1.58 does (arXiv:2402.17764), with exact integer sums.
         out: where to write y, [M] or [N, M], of any of the three dtypes; allocated with x's dtype when missing.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..formats.config import PRESETS
 from ..kernels.spec import KernelSpec
 from .decoder import decoder_specs
+from .device import DeviceFacts
 from .gemm import gemm_specs
 from .product import product_specs
 
@@ -17,8 +18,13 @@ def floor_spec(threads: int, check: bool = False) -> KernelSpec:
     return KernelSpec("read_floor.cu", (("THREADS", str(threads)), ("CHECK", str(int(check)))))
 
 
-def specialisations() -> tuple[KernelSpec, ...]:
-    """Every kernel specialisation that dispatch can reach, for the products and for the presets' decoders."""
-    specs = [*product_specs(), *gemm_specs(), *(spec for config in PRESETS.values() for spec in decoder_specs(config))]
+def specialisations(device: DeviceFacts | None = None) -> tuple[KernelSpec, ...]:
+    """Every kernel specialisation that dispatch can reach, for the products and for the presets' decoders; on any
+    device, or on this one."""
+    specs = [
+        *product_specs(device),
+        *gemm_specs(device),
+        *(spec for config in PRESETS.values() for spec in decoder_specs(config)),
+    ]
     specs += [floor_spec(threads, check) for threads in FLOOR_THREADS for check in (False, True)]
     return tuple(dict.fromkeys(specs))

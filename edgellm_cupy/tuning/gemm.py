@@ -11,8 +11,6 @@ seems (31 us in place of 21 for 3840 x 2560, N = 512, in blocks of 128 x 128).
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +18,7 @@ from functools import lru_cache
 from ..formats.packing import CHUNK_BYTES, chunks
 from ..kernels.spec import KernelSpec, Launch
 from .device import DeviceFacts
+from .product import X_TYPES
 
 QUANTISE_TILES_THREADS = 1024
 """Threads of a block of the prepass, at most."""
@@ -27,7 +26,6 @@ QUANTISE_TILES_THREADS = 1024
 PLANES = {"float16": 1, "bfloat16": 1, "float32": 2}
 """float16 planes that hold a float activation of x's dtype; int8 activations are one plane of their own."""
 
-_X_TYPES = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float"}
 _BLOCK_CHUNKS, _TILE_COLUMNS, _TILE_ROWS = 4, 8, 16  # fragments.cuh
 _PIECES = {"int8": 4, "float": 8}  # 16-byte pieces of a chunk's activations
 _STATIC_SHARED_BYTES = 2048  # reserved for the kernel's static shared memory
@@ -215,8 +213,6 @@ def gemm_launch(
     together = min(-(-grid // device.multiprocessors), _resident(config, activation, planes, device))
     shared = max(config.shared_bytes(activation, planes, stages), _crowding_bytes(together, device))
     launch = Launch(gemm_spec(activation, planes, config), (grid, 1, 1), (config.threads, 1, 1), shared)
-    if os.environ.get("EDGELLM_PRINT_CONFIG") == "1":
-        print(f"edgellm: M={m} N={n} K={k} {activation}: {launch}", file=sys.stderr)
     return GemmLaunch(launch, config, stages)
 
 
@@ -242,7 +238,7 @@ def quantise_tiles_spec(x_dtype: str, norm: bool, activation: str, planes: int) 
     return KernelSpec(
         "quantise_tiles.cu",
         (
-            ("X_T", _X_TYPES[x_dtype]),
+            ("X_T", X_TYPES[x_dtype]),
             ("NORM", str(int(norm))),
             ("INT8", str(int(activation == "int8"))),
             ("PLANES", str(planes)),
@@ -264,13 +260,13 @@ def tile_shape(n: int, k: int, activation: str, planes: int) -> tuple[int, ...]:
     return column_tiles, _blocks(k), _PIECES[activation], _TILE_COLUMNS, _BLOCK_CHUNKS, CHUNK_BYTES
 
 
-def gemm_specs() -> Iterator[KernelSpec]:
-    """Every specialisation of the two kernels that dispatch can reach."""
+def gemm_specs(device: DeviceFacts | None = None) -> Iterator[KernelSpec]:
+    """Every specialisation of the two kernels that dispatch can reach, on any device or on this one."""
     for dtype, planes in PLANES.items():
         for norm in (False, True):
             yield quantise_tiles_spec(dtype, norm, "int8", 1)
             yield quantise_tiles_spec(dtype, norm, "float", planes)
     for activation, planes in (("int8", 1), ("float", 1), ("float", 2)):
         for config in GEMM_CONFIGS[activation]:
-            if config.serves(planes):
+            if config.serves(planes) and (device is None or config.fitting_stages(activation, planes, device) >= 2):
                 yield gemm_spec(activation, planes, config)

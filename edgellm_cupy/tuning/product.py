@@ -99,7 +99,7 @@ _TABLE = {
     ),
 }
 # float32, and rows that cannot be loaded four elements at a time: correct everywhere, tuned for nothing.
-_ANY = ProductConfig(1, 1, 4, 2, 256)
+_ANY = ProductConfig(1, 1, 8, 2, 256)
 
 CONFIGS = (*dict.fromkeys(config for configs in _TABLE.values() for config in configs), _ANY)
 
@@ -132,16 +132,27 @@ def product_candidates(
         return (_ANY,)
     # Float activations take four columns a token, of which eight are multiplied at a time: one token at a time there.
     tokens = 1 if n == 1 or activation == "float" else 2 if n == 2 else 4
-    blocks = -(-chunks(k) // _BLOCK_CHUNKS)
-    return (
-        *(
-            c
-            for c in _TABLE[activation, tokens]
-            if (c.longest is None or k <= c.longest)
-            and _shared_bytes(c, _columns(c, x_dtype, activation), min(blocks, c.step)) <= _shared_limit(device)
-        ),
-        _ANY,
-    )
+    return (*(c for c in _TABLE[activation, tokens] if _serves(c, k, x_dtype, activation, device)), _ANY)
+
+
+def _serves(config: ProductConfig, k: int, x_dtype: str, activation: str, device: DeviceFacts) -> bool:
+    """Whether the token fits the registers, and shared memory what has to lie there at once: all that registers hold,
+    else one step."""
+    if config.longest is not None and k > config.longest:
+        return False
+    blocks = _whole_blocks(config, k) if config.held else min(_whole_blocks(config, k), config.step)
+    return _shared_bytes(config, _columns(config, x_dtype, activation), blocks) <= _shared_limit(device)
+
+
+def _whole_blocks(config: ProductConfig, k: int) -> int:
+    """Blocks of 256 k, up to whole units."""
+    return -(-chunks(k) // (_BLOCK_CHUNKS * config.spread)) * config.spread
+
+
+def largest_k(config: ProductConfig, x_dtype: str, activation: str, device: DeviceFacts) -> int:
+    """Largest K of those tried that the configuration serves on this device, a multiple of 4; 0: none."""
+    tried = (config.longest or 17_000, *(units * 256 * config.spread for units in range(64, 0, -1)))
+    return next((k - 4 for k in tried if _serves(config, k - 4, x_dtype, activation, device)), 0)
 
 
 def _shared_limit(device: DeviceFacts) -> int:
@@ -193,7 +204,7 @@ def product_launch(
 ) -> ProductLaunch:
     """The launch for y[n, m] over k features; `config` overrides the choice (for tuning)."""
     config = config or choose_config(m, n, k, x_dtype, aligned, activation, device)
-    blocks = -(-chunks(k) // (_BLOCK_CHUNKS * config.spread)) * config.spread
+    blocks = _whole_blocks(config, k)
     slice_steps = -(-blocks // config.step)
     columns = _columns(config, x_dtype, activation)
     while slice_steps > 1 and _shared_bytes(config, columns, min(blocks, slice_steps * config.step)) > _shared_limit(
@@ -227,8 +238,8 @@ def norm_spec(x_dtype: str) -> KernelSpec:
     return KernelSpec("rmsnorm.cu", (("X_T", X_TYPES[x_dtype]), ("THREADS", str(NORM_THREADS))))
 
 
-def product_specs() -> Iterator[KernelSpec]:
-    """Every specialisation of norm and product that dispatch can reach."""
+def product_specs(device: DeviceFacts | None = None) -> Iterator[KernelSpec]:
+    """Every specialisation of norm and product that dispatch can reach, on any device or on this one."""
     for dtype in X_TYPES:
         yield norm_spec(dtype)
     for dtype in X_TYPES:
@@ -240,4 +251,8 @@ def product_specs() -> Iterator[KernelSpec]:
                     else:
                         for (kind, _), configs in _TABLE.items():
                             if kind == activation:
-                                yield from (product_spec(dtype, gamma, aligned, activation, c) for c in configs)
+                                yield from (
+                                    product_spec(dtype, gamma, aligned, activation, c)
+                                    for c in configs
+                                    if device is None or largest_k(c, dtype, activation, device)
+                                )

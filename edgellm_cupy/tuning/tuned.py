@@ -192,7 +192,11 @@ def in_use() -> tuple[int, Path | None]:
 @cache
 def _tables() -> dict[int, _Table]:
     """By device number, only those with a choice; of all devices, so that without any none need be asked for again."""
-    if os.environ.get("EDGELLM_TUNED") == "0" or not folder().is_dir():
+    try:
+        if os.environ.get("EDGELLM_TUNED") == "0" or not folder().is_dir():
+            return {}
+    except (OSError, RuntimeError) as e:  # a cache that cannot be looked at, or no home
+        warnings.warn(f"tuned choices are not used: {e}", stacklevel=2)
         return {}
     import cupy
 

@@ -10,18 +10,20 @@
 // chunk: a *field* is four consecutive k, 4 f .. 4 f + 3 for f = 0 .. 15, and lies under one mask in word f / 4 of the
 // chunk. int8: an instruction takes two fields (32 k over the quad of lanes), float16: one (16 k).
 //
-// B operands are laid out for one 16-byte load a lane: a *piece* is what a lane needs for four fields (int8) or for two
-// (float16), of its column g and its chunk q. Piece p of a block with `columns` columns lies at 16-byte index
+// B operands of ternary_gemm.cu are laid out for one 16-byte load a lane: a *piece* is what a lane needs for four fields
+// (int8) or for two (float16), of its column g and its chunk q. Piece p of a block lies at 16-byte index
 //
-//     (p * columns + column) * 4 + q
+//     (p * 8 + column) * 4 + q
 //
 // so that the lanes of a warp read consecutive 16 bytes. Within a piece the fields follow one another; four k in int8
-// are four bytes, in float16 eight: k = 0, 2, 1, 3, the order in which two masks find the codes.
+// are four bytes, in float16 eight: k = 0, 2, 1, 3, the order in which two masks find the codes. (The streaming product
+// has an order of its own: ternary_product.cuh.)
 //
 // int8: codes u = t + 1 are used as they are; sum(t q) = sum(u q) - sum(q), the latter once a token. Sums are exact in int32.
-// float: t itself as float16, times activations that are brought to at most 2^15 by a power of two a token. One float16
-// plane keeps 11 bits of an activation, two planes (high, and what is left times 2^12: two columns) keep 22. Elements
-// below 2^-29 of the token's largest are no longer normal float16 in the high plane; two planes still hold them.
+// float, many tokens: t itself as float16, times activations that are brought below 2^15 by a power of two a token. One
+// float16 plane keeps 11 bits of an activation, two planes (high, and what is left times 2^12: two columns) keep 22.
+// Elements below 2^-29 of the token's largest are no longer normal float16 in the high plane; two planes still hold them.
+// float, few tokens: whole numbers in 8-bit digits, a column each (digits4 below).
 #pragma once
 #include "ptx.cuh"
 
@@ -35,7 +37,6 @@ struct Fragments<true> {
   using Sum = int;
   static constexpr int kPieces = 4;    // 16-byte pieces of a chunk's activations
   static constexpr int kOperands = 2;  // instructions a word of weights
-  static constexpr int kPiecesOfWord = 1;
 
   // Word j of the lane's two chunks as A operands.
   static __device__ __forceinline__ void unpack(unsigned (&a)[kOperands][4], unsigned low, unsigned high) {
@@ -49,20 +50,12 @@ struct Fragments<true> {
       }
     }
   }
-  // sums += the word's codes times its pieces.
-  static __device__ __forceinline__ void multiply(int (&sums)[4], const unsigned (&a)[kOperands][4],
-                                                  const uint4 (&b)[kPiecesOfWord]) {
-    mma_u8s8(sums, a[0], b[0].x, b[0].y);
-    mma_u8s8(sums, a[1], b[0].z, b[0].w);
-  }
 };
 
 template <>
 struct Fragments<false> {
   using Sum = float;
   static constexpr int kPieces = 8;
-  static constexpr int kOperands = 4;
-  static constexpr int kPiecesOfWord = 2;
 
   // Two codes, at bits 2 i of the halves of `word`, as float16: under the exponent of 1024, whose last bit is worth one,
   // the codes read 1024 + u 4^i; one fma makes them t. No shift is needed.
@@ -78,19 +71,6 @@ struct Fragments<false> {
     a[1] = ternary_f16x2<i>(high);
     a[2] = ternary_f16x2<i>(low >> 8);
     a[3] = ternary_f16x2<i>(high >> 8);
-  }
-  static __device__ __forceinline__ void unpack(unsigned (&a)[kOperands][4], unsigned low, unsigned high) {
-    unpack_field<0>(a[0], low, high);
-    unpack_field<1>(a[1], low, high);
-    unpack_field<2>(a[2], low, high);
-    unpack_field<3>(a[3], low, high);
-  }
-  static __device__ __forceinline__ void multiply(float (&sums)[4], const unsigned (&a)[kOperands][4],
-                                                  const uint4 (&b)[kPiecesOfWord]) {
-    mma_f16(sums, a[0], b[0].x, b[0].y);
-    mma_f16(sums, a[1], b[0].z, b[0].w);
-    mma_f16(sums, a[2], b[1].x, b[1].y);
-    mma_f16(sums, a[3], b[1].z, b[1].w);
   }
 };
 

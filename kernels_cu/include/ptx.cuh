@@ -29,19 +29,6 @@ __device__ __forceinline__ uint4 load_once(const uint4* p) {
 #endif
 }
 
-// c + sum of a.byte[b] * b.byte[b], a unsigned, b signed.
-// https://docs.nvidia.com/cuda/parallel-thread-execution/#integer-arithmetic-instructions-dp4a
-__device__ __forceinline__ int dp4a_us(unsigned a, int b, int c) {
-#ifdef __CUDA_ARCH__
-  int d;
-  asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
-#else
-  for (int i = 0; i < 4; ++i) c += int((a >> (8 * i)) & 255u) * int(static_cast<signed char>(unsigned(b) >> (8 * i)));
-  return c;
-#endif
-}
-
 // Maximum over the 32 lanes, in every lane. sm_80 and newer have one instruction for it.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-redux-sync
 __device__ __forceinline__ unsigned warp_max(unsigned v) {
@@ -78,7 +65,7 @@ __device__ __forceinline__ void barrier(int id, int threads) {
 // Programmatic dependent launch (sm_90 and newer; without it, or without the launch attribute, both do nothing).
 // A kernel may start while its predecessor in the stream still runs. Until `wait_for_previous_kernels` it may only touch
 // what no kernel writes: packed weights and their scales. All writes of all earlier kernels are visible behind it, and
-// every kernel of ours calls it in every block, so that "the previous one has ended" means that all before it have.
+// every kernel that is launched so calls it in every block, so that "the previous one has ended" means that all before it have.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-griddepcontrol
 __device__ __forceinline__ void wait_for_previous_kernels() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

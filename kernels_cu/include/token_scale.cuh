@@ -4,7 +4,7 @@
 // With r = 1 / sqrt(mean(x^2) + eps), the quantised value of n = x r g is round(n * 127 / absmax(n)) and r cancels in it:
 // round(x g * 127 / absmax(x g)). So the sum of squares and the absmax are found in the same pass; r only enters the
 // scale of the result, and the quantiser's floor absmax(n) >= 1e-5 becomes absmax(x g) >= 1e-5 / r. Float activations
-// (float16 planes: fragments.cuh) go the same way with the power of two that brings absmax(x g) into [2^14, 2^15).
+// (float16 planes or digits: fragments.cuh) go the same way with the power of two that brings absmax(x g) into [2^14, 2^15).
 //
 // float32 cannot hold the squares of elements above 2^63 or far below 2^-63. A token whose mean square leaves
 // [1e-30, 1e30] is done again with its elements multiplied by 2^-80 or 2^80 (`pre`), which cancels in the same way. That

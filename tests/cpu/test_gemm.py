@@ -56,7 +56,7 @@ def prepass(emulator: Emulator, x: np.ndarray, gamma: np.ndarray | None, activat
     plan = gemm.quantise_tiles_launch(n, k, x.dtype.name, gamma is not None, activation)
     gamma_is_float32 = np.int32(gamma is not None and gamma.dtype == FLOAT32)
     sums = q_sums if activation == "int8" else None
-    args = [x, gamma, gamma_is_float32, tiles, dequant, sums, np.int32(k), np.int32(n), np.float32(EPS)]
+    args = [x, gamma, gamma_is_float32, tiles, dequant, sums, np.int32(k), np.float32(EPS)]
     emulator.launch(plan.spec.name, plan.grid, plan.block, args, shared=plan.shared_bytes)
     return tiles, dequant, sums
 

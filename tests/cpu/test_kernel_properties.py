@@ -72,8 +72,8 @@ class Problem:
 
 @st.composite
 def problems(draw: st.DrawFn, x_dtype: str) -> Problem:
-    # Where dispatch changes its mind: what the registers of one token hold, the chunks that a group of lanes covers.
-    thresholds = sorted({c.longest for c in CONFIGS if c.longest} | {64 * c.step for c in CONFIGS})
+    # Where dispatch changes its mind, and where a step ends: what registers hold, what a block's warps take in turn.
+    thresholds = sorted({c.longest for c in CONFIGS if c.longest} | {256 * c.step for c in CONFIGS})
     near = st.builds(lambda k, d: k + d, st.sampled_from(thresholds), st.integers(-2, 2))
     k = draw(st.one_of(st.integers(1, 1500), near))
     n = draw(st.one_of(st.just(1), st.integers(1, 12)))

@@ -10,7 +10,7 @@ import pytest
 
 import edgellm_cupy as ec
 from edgellm_cupy import verify
-from edgellm_cupy.arguments import FLOAT16, FLOAT32
+from edgellm_cupy.arguments import FLOAT16, FLOAT32, LARGEST_K
 from edgellm_cupy.formats.checkpoint import Checkpoint
 from edgellm_cupy.kernels import KernelSpec
 from edgellm_cupy.ops import enqueue
@@ -92,6 +92,33 @@ def test_small_devices_take_persistent_loops_and_slices(emulator, facts, activat
             y = ec.rmsnorm_ternary_matmul(x, gamma, weight, 1e-5, activation, strategy=strategy)
             message = check(y, x, gamma, weight, eps=1e-5, activation=activation)
             assert message is None, message
+
+
+@pytest.mark.parametrize("activation", ["float", "int8"])
+@pytest.mark.parametrize(("facts", "k"), [(T4, 14336), (T4, 12804), (H200, 14336)], ids=str)
+def test_a_token_in_registers_is_staged_whole(emulator, facts, k, activation):
+    rng = np.random.default_rng(0)
+    weight = ec.TernaryWeight.from_int8(rng.integers(-1, 2, (5, k), dtype=np.int8), 0.5)
+    x, gamma = rng.standard_normal((1, k)).astype(np.float16), np.ones(k, np.float16)
+    with emulated_gpu(emulator, facts):
+        y = ec.rmsnorm_ternary_matmul(x, gamma, weight, 1e-5, activation)
+    message = check(y, x, gamma, weight, eps=1e-5, activation=activation)
+    assert message is None, message
+
+
+@pytest.mark.parametrize("activation", ["float", "int8"])
+def test_sums_over_the_longest_rows(emulator, activation):
+    """Every product at its largest, and all of one sign."""
+    k = LARGEST_K
+    weight = ec.TernaryWeight.from_int8(np.ones((1, k), np.int8))
+    with emulated_gpu(emulator):
+        for dtype in (np.float16, np.float32):
+            y = ec.ternary_matmul(np.full((1, k), -1, dtype), weight, activation, np.empty((1, 1), np.float32))
+            np.testing.assert_allclose(y, -k, rtol=1e-5)
+    with pytest.raises(ec.ArgumentValueError, match="K = 4000001"), emulated_gpu(emulator):
+        ec.ternary_matmul(
+            np.ones(k + 1, np.float32), ec.TernaryWeight.from_int8(np.ones((1, k + 1), np.int8)), activation
+        )
 
 
 @pytest.mark.parametrize(("exponent", "eps"), [(30, 1e-6), (-30, 0.0), (-30, 1e-6), (0, 0.0)])

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from edgellm_cupy.bench import table_figures
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
 REPORTS = [f"{where}/{model}" for where in ("h200", "numpy") for model in ("smollm-135m", "smollm2-135m")]
 REPORTS.insert(1, "h200/smollm-135m-notebook")
-LAYERS = ["h200/bitnet-2b4t-layer", "h200/llama-8b-layer"]  # the latency part alone, on one layer of larger models
+TABLE = "h200/table"  # the latency part on sixteen shapes
 BEGIN = "<!-- results: made by `pytest tests/cpu/test_readme.py` from the files named below -->"
 END = "<!-- end of results -->"
 
@@ -30,11 +32,6 @@ def figure(metric: dict[str, Any], digits: int = 3) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
 
 
-def median(series: dict[str, Any]) -> str:
-    cold = series["cold"]
-    return figure(cold.get("median", cold))
-
-
 def block() -> Iterator[str]:
     """The results section, from the JSON files alone."""
     reports = {name: load(name) for name in REPORTS}
@@ -48,29 +45,34 @@ def block() -> Iterator[str]:
         link = f"[{name}](bench/results/{name}/report.md)"
         yield f"| {link} | {report['model']['weights']} | {' | '.join(cells)} |"
     yield ""
-    reports |= {name: load(name) for name in LAYERS}
-    bandwidth = reports["h200/smollm-135m"]["parts"]["latency"]["bandwidth"]
+    report = reports[TABLE] = load(TABLE)
+    latency = report["parts"]["latency"]
     yield (
-        "One product in float16, batch 1, microseconds in a CUDA graph with a cold L2. `fused` is RMSNorm + int8 "
-        "quantisation + product in one launch; `floor` only reads the same bytes (this GPU reads "
-        f"{figure(bandwidth)} GB/s):"
+        "One token, float16 x and gamma, microseconds in a CUDA graph with a cold L2: RMSNorm, quantisation and "
+        "product in one launch. `floor` only reads the same bytes "
+        f"(this GPU reads {figure(latency['bandwidth'])} GB/s), starting when its predecessor has ended; ours starts "
+        "before and waits for it inside, `alone` is without that "
+        f"([report](bench/results/{TABLE}/report.md)):"
     )
     yield ""
-    yield "| product | M x K | floor | fused int8 | / floor | fused float | unfused int8 | RMSNorm + cuBLAS float16 |"
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
-    for name in ("h200/smollm-135m", *LAYERS):
-        for layer, product in reports[name]["parts"]["latency"]["products"].items():
-            fused = {r["activation"]: r for r in product["rows"] if r["op"] == "rmsnorm_ternary_matmul"}
-            cells = [
-                median(product["floor"]),
-                median(fused["int8"]["kernel"]),
-                figure(fused["int8"]["ratio_to_floor"]["cold"]),
-                median(fused["float"]["kernel"]),
-                median(product["baselines"]["unfused_ternary_int8"]),
-                median(product["baselines"]["cublas_fp16"]),
-            ]
-            link = f"[{name.removeprefix('h200/')}](bench/results/{name}/report.md) {layer}"
-            yield f"| {link} | {product['m']} x {product['k']} | {' | '.join(cells)} |"
+    yield "| shape | M x K | floor | int8 | / floor | alone | float | / floor | RMSNorm + cuBLAS float16 |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    lines = list(table_figures.lines(latency["table"]))
+    one = {(line["shape"], line["activation"]): line for line in lines if line["n"] == 1}
+    for (shape, activation), line in one.items():
+        if activation == "int8":
+            other = one[shape, "float"]
+            figures = [line[key] for key in ("floor", "time", "ratio", "alone")]
+            figures += [other["time"], other["ratio"], line["cublas"]]
+            yield f"| {shape} | {line['size']} | {' | '.join(figure(f) for f in figures)} |"
+    yield ""
+    yield "All of its lines, up to 2048 tokens, in short:"
+    yield ""
+    yield "| figure | value |"
+    yield "| --- | --- |"
+    for name, metric in table_figures.summary(latency["table"]).items():
+        of, where = metric.get("of"), metric.get("where")
+        yield f"| {name} | {figure(metric)}{f' of {of}' if of else ''}{f' ({where})' if where else ''} |"
     yield ""
     yield "The commands that made these reports:"
     yield ""
@@ -87,7 +89,7 @@ def test_readme_shows_the_committed_results():
     assert match[1] == expected, f"put this between the markers:\n{expected}"
 
 
-@pytest.mark.parametrize("name", [*REPORTS, *LAYERS])
+@pytest.mark.parametrize("name", [*REPORTS, TABLE])
 def test_committed_reports_are_whole(name):
     report = load(name)
     assert not report["quick"]
