@@ -30,11 +30,8 @@ class TernaryWeight:
     __slots__ = ("packed", "scale", "shape")
 
     def __init__(self, packed: Any, scale: Any, shape: tuple[int, int]):
-        """For the package's own use: takes the arrays as they are, without a check. Waits until they are written."""
+        """For the package's own use: takes the arrays as they are, without a check."""
         self.packed, self.scale, self.shape = packed, scale, shape
-        if self.on_device:
-            # Kernels read weights before the kernels in front of them have ended (kernels_cu/include/ptx.cuh).
-            namespace(packed).cuda.get_current_stream().synchronize()
 
     # ---- making one -------------------------------------------------------------------------------------------------
 
@@ -57,7 +54,7 @@ class TernaryWeight:
             if bool(bad.any()):
                 row, col = divmod(int(bad.argmax()), t.shape[1])
                 raise ArgumentValueError(f"t[{row}, {col}] is {int(t[row, col])}, expected -1, 0 or 1")
-            return cls(packing.pack(t, xp), _require_scale(scale, t, xp), t.shape)
+            return cls(packing.pack(t, xp), _require_scale(scale, t, xp), t.shape)._written()
 
     @classmethod
     def from_float(cls, w: Any) -> TernaryWeight:
@@ -83,7 +80,7 @@ class TernaryWeight:
                 raise ArgumentValueError(f"w[{row}, {col}] is {float(w[row, col])}, expected a finite float32")
             absmean = max(float(xp.abs(w32).mean(dtype=xp.float64)), 1e-5)
             t = xp.clip(xp.rint(w32 * np.float32(1.0 / absmean)), -1, 1).astype(xp.int8)
-            return cls(packing.pack(t, xp), xp.full(1, absmean, dtype=xp.float32), w.shape)
+            return cls(packing.pack(t, xp), xp.full(1, absmean, dtype=xp.float32), w.shape)._written()
 
     @classmethod
     def from_packed(cls, packed: Any, scale: Any, shape: tuple[int, int]) -> TernaryWeight:
@@ -117,7 +114,14 @@ class TernaryWeight:
             packed = xp.ascontiguousarray(packed)
             if is_cupy(packed) and packed.data.ptr % packing.CHUNK_BYTES:
                 packed = packed.copy()
-            return cls(packed, _require_scale(scale, packed, xp), (m, k))
+            return cls(packed, _require_scale(scale, packed, xp), (m, k))._written()
+
+    def _written(self) -> TernaryWeight:
+        """Itself, once its arrays are written: kernels read weights before the kernels in front of them have ended
+        (kernels_cu/include/ptx.cuh)."""
+        if self.on_device:
+            namespace(self.packed).cuda.get_current_stream().synchronize()
+        return self
 
     # ---- looking at it ----------------------------------------------------------------------------------------------
 
@@ -158,7 +162,7 @@ class TernaryWeight:
         if self.on_device and self.packed.device == target:
             return self
         with target:
-            return TernaryWeight(cp.asarray(self.packed), cp.asarray(self.scale), self.shape)
+            return TernaryWeight(cp.asarray(self.packed), cp.asarray(self.scale), self.shape)._written()
 
     def to_host(self) -> TernaryWeight:
         """A copy in host memory; itself when it is there already."""

@@ -40,19 +40,21 @@
 // again for each.
 //
 // Bound: reading the packed weights, from some MB on; below that, latency: the trip of x, two reductions, three barriers.
-// What made a difference on an H200, microseconds a launch in a chain of launches with a cold L2 (floor: only reading the
-// weights):
-//   - starting before the predecessor has ended: 576 x 576 2.47 -> 1.53 (floor 1.34), 28672 x 4096 10.9 -> 9.1 (8.1). Only
-//     with plain loads of the weights: ptxas moves ld.global.nc below the wait.
-//   - whole cache lines (spread): 28672 x 4096 13.9 -> 10.0. Masks without shifts, digits instead of float16 operands: above.
+// What made a difference on an H200, microseconds a launch in a chain of launches with a cold L2, in the order in which it
+// was found (each number is of the kernel as it was then; floor: only reading the weights):
+//   - digits instead of float16 operands, masks without shifts: 28672 x 4096 float 21.0 -> 14.2, int8 13.9 -> 13.5.
+//   - whole cache lines (spread): the same int8 13.5 -> 10.0 (floor 8.1).
+//   - weights loaded before the wait: only with plain loads, ptxas moves ld.global.nc below it: 10.0 -> 9.4.
 //   - code that is jumped over costs its fetching: the rescue of extreme tokens as a second turn of a loop instead of a copy
-//     of the code, no branches for rows that are not aligned: 2560 x 2560 2.9 -> 2.5.
-//   - rounding by an addition instead of F2I, the next kernel one ahead instead of as many as fit: 5 % each.
+//     of the code, no branches for rows that are not aligned: 9.4 -> 9.0, 576 x 576 1.67 -> 1.60.
+//   - rounding by an addition instead of F2I, the next kernel one ahead instead of as many as fit: 576 x 576 1.60 -> 1.53
+//     (floor 1.34), 2560 x 6912 4.04 -> 3.86 (2.43). Without starting early: 2.47, 5.81.
 //   - the token in registers for two tokens too: 2560 x 2560 3.7 -> 2.8.
 // Tried and dropped: clusters of 2 to 8 blocks that quantise a part of x each and write it to one another (4096 x 14336:
-// 16.3 instead of 8.6; every launch waits for room for whole clusters, and remote stores of four bytes are slow); a rehearsal
-// of the whole path on zeros before the wait, to have its instructions fetched (2560 x 2560: 4.3 instead of 3.0); column sums
-// by a product with ones (2B4T gate+up: 1.3 more: the same sums in every warp).
+// 16.3 instead of 8.6); a rehearsal of the whole path on zeros before the wait, to have its instructions fetched (2560 x
+// 2560: 4.3 instead of 3.0); column sums by a product with ones (13824 x 2560: 1.3 more, the same sums in every warp).
+// Not tried: bulk copies into shared memory, tile-contiguous packing, binary tensor cores (b1 m16n8k256 on bit planes, native
+// from sm_80 to sm_90, would need no masks at all).
 // Where the rest goes (2560 x 6912, 3.9, floor 2.4): 0.5 from the end of one kernel to the wait's return in the next, 1.3 for
 // x and the norm (every block reads all of x and gamma: 28 KB from L2), 0.4 quantisation, 1.1 products, 0.3 the end.
 #pragma once
