@@ -18,7 +18,6 @@ What takes the place of `products` in the latency part:
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ from .latency import ACTIVATIONS, EPS, L2, cold_weights, measure_bandwidth, meas
 from .metrics import Metric, is_metric, measured, missing
 from .shapes import TABLE, Shape
 from .table_figures import quotient
-from .timing import GRAPH_LAUNCHES, Rotation, StopRule
+from .timing import Rotation, StopRule
 from .utilisation import Sampler, condition_probes, conditions
 
 STRATEGIES = ("streaming", "separate")
@@ -48,9 +47,6 @@ STRATEGY_TOKENS = (1, 4, 16, 64)
 
 _RULE = StopRule(relative_error=0.01, min_samples=10, min_seconds=0.0, max_seconds=0.1)
 _QUICK = StopRule(relative_error=0.05, min_samples=3, min_seconds=0.0, max_seconds=0.02)
-_GLANCE = StopRule(relative_error=math.inf, min_samples=3, min_seconds=0.0)
-_GRAPH_US = 5000  # a graph this long need not have GRAPH_LAUNCHES launches: what is left of its start is 0.1 %
-_FEWEST_LAUNCHES = 8
 _SAMPLE_TOKENS = 8
 _SAMPLE_WEIGHTS = 1 << 20  # of the sampled rows: some 30 ms of reference
 _BYTES = np.array([b for b in range(256) if not b & b >> 1 & 0x55], np.uint8)  # without the code 3
@@ -306,9 +302,7 @@ class _Product:
 
 
 def _launches(call: Call) -> int:
-    """Fewest launches of a graph: :data:`GRAPH_LAUNCHES`, or fewer when they take :data:`_GRAPH_US`."""
-    us = timing.device(call, _GLANCE)["median"]["value"]
-    return min(GRAPH_LAUNCHES, max(_FEWEST_LAUNCHES, math.ceil(_GRAPH_US / us)))
+    return timing.enough_launches(timing.device(call, timing.GLANCE)["median"]["value"])
 
 
 def _compact(series: dict[str, Any]) -> Metric:

@@ -23,6 +23,8 @@ from .metrics import Metric, measured, missing
 
 SMALLEST_TAIL = 10  # samples that must lie beyond a percentile before it is worth reporting
 GRAPH_LAUNCHES = 50  # fewest launches in a graph, so that what is left of its own start is spread thin
+GRAPH_US = 5000  # a graph this long need not have as many: what is left of its start is 0.1 %
+FEWEST_LAUNCHES = 8
 COLD_L2_FACTOR = 3  # a cold rotation touches this many times the L2
 
 
@@ -44,6 +46,7 @@ class StopRule:
     max_samples: int = 2000
 
 
+GLANCE = StopRule(relative_error=math.inf, min_samples=3, min_seconds=0.0)
 QUICK = StopRule(relative_error=0.02, min_samples=20, min_seconds=0.02, max_seconds=0.2)
 
 
@@ -292,6 +295,12 @@ def capture(rotation: Rotation) -> Any:
             rotation.used[i % len(rotation.used)]()
 
     return record(calls)  # not CuPy's own capture: this one frees the calls' workspaces together with the graph
+
+
+def enough_launches(us: float) -> int:
+    """Fewest launches of a graph whose calls take `us` each: :data:`GRAPH_LAUNCHES`, or fewer when they take
+    :data:`GRAPH_US`."""
+    return min(GRAPH_LAUNCHES, max(FEWEST_LAUNCHES, math.ceil(GRAPH_US / us)))
 
 
 def kernel(rotation: Rotation, rule: StopRule, prepare: Callable[[], Any] | None = None) -> dict[str, Any]:

@@ -10,7 +10,6 @@ together with the default, and kept when it is faster by more than :data:`MARGIN
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from functools import partial
@@ -33,16 +32,13 @@ from .context import WrongResultError
 from .latency import EPS, cold_weights
 from .metrics import Metric
 from .shapes import TABLE, Shape
-from .timing import GRAPH_LAUNCHES, Rotation, StopRule
+from .timing import Rotation, StopRule
 
 MARGIN = 0.02
 
-_GLANCE = StopRule(relative_error=math.inf, min_samples=3, min_seconds=0.0)
 _LOOK = StopRule(relative_error=0.02, min_samples=6, min_seconds=0.0, max_seconds=0.05)
 _MEASURE = StopRule(relative_error=0.003, min_samples=12, min_seconds=0.05, max_seconds=0.5)
 _HOPELESS = 3.0  # times the default's time of one call, launching included: its graph is not worth recording
-_GRAPH_US = 5000  # a graph this long need not have GRAPH_LAUNCHES launches
-_FEWEST_LAUNCHES = 8
 
 
 class Product(NamedTuple):
@@ -219,11 +215,11 @@ class _Trial:
         self._poison()
         calls[0]()
         self._check()
-        us = timing.device(calls[0], _GLANCE)["median"]["value"]
+        us = timing.device(calls[0], timing.GLANCE)["median"]["value"]
         self._glance_us = self._glance_us or us
         if us > _HOPELESS * self._glance_us:
             return None
-        least = min(GRAPH_LAUNCHES, max(_FEWEST_LAUNCHES, math.ceil(_GRAPH_US / us)))
+        least = timing.enough_launches(us)
         rotation = Rotation(calls, o.host.W.packed.nbytes, "cold", least)
         series = timing.kernel(rotation, rule, self._poison)
         self._check()

@@ -22,7 +22,7 @@
 // so that a warp's operand loads are 512 consecutive bytes each.
 //
 // Arithmetic. int8: exact. Float: tensor cores cut off what float32 cannot hold instead of rounding it. One plane
-// (float16 and bfloat16 x) can afford that; with two (float32 x) each block of 256 k is summed on its own, and the
+// (float16 and bfloat16 x) can afford that, to some 250,000 k of one sign; with two (float32 x) each block of 256 k is summed on its own, and the
 // blocks in ordinary float32.
 //
 // Bound: the tensor cores from some hundred tokens on; before, the trip of weights and activations from L2 and latency.

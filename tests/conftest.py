@@ -98,7 +98,13 @@ def _record(exercised: Exercised) -> Iterator[None]:
         yield
 
 
-EMULATED = ("test_emulator.py", "test_kernels.py", "test_kernel_properties.py", "test_kernel_mutants.py")
+EMULATED = (
+    "test_emulator.py",
+    "test_gemm.py",
+    "test_kernels.py",
+    "test_kernel_properties.py",
+    "test_kernel_mutants.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

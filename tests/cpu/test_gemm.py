@@ -266,12 +266,13 @@ def test_a_multiprocessor_takes_no_more_blocks_than_its_share():
         m, n, k = (int(v) for v in 2 ** rng.uniform(4, [16, 12, 14]))
         facts = DEVICES[rng.choice(list(DEVICES))]
         activation, planes = (("int8", 1), ("float", 1), ("float", 2))[rng.integers(3)]
-        launch = gemm.gemm_launch(m, n, k, activation, planes, facts).launch
+        plan = gemm.gemm_launch(m, n, k, activation, planes, facts)
+        launch = plan.launch
         share = -(-launch.grid[0] // facts.multiprocessors)
         reserved = launch.shared_bytes + 1024
         assert reserved * (share + 1) > facts.shared_bytes
         held = facts.shared_bytes // (reserved + 2048)
-        assert held >= min(share, 1)
+        assert held >= 1
 
 
 # y[N, M] of layers of a 2-billion- and an 8-billion-parameter model: the tile that measurements on an H200 found best,
