@@ -60,7 +60,7 @@ def streams(problem: Problem, device: DeviceFacts) -> bool:
     token_blocks, tiles = -(-n // config.tokens), -(-m // config.tile)
     if token_blocks == 1:
         return config.tokens * k <= 16384 or tiles >= 8 * device.multiprocessors
-    side_by_side = token_blocks * tiles <= 2 * device.multiprocessors
+    side_by_side = token_blocks * tiles * config.threads <= 576 * device.multiprocessors
     return side_by_side and config.tokens * k <= 10240 and n * k <= 24576
 
 
