@@ -21,8 +21,18 @@ from edgellm_cupy.tuning import specialisations
 from edgellm_cupy.tuning.device import DeviceFacts
 from tests.emulator import Emulator
 
-H200 = DeviceFacts(arch=90, multiprocessors=132, threads=2048, shared_bytes=233472, block_shared_bytes=232448)
-T4 = DeviceFacts(arch=75, multiprocessors=40, threads=1024, shared_bytes=65536, block_shared_bytes=65536)
+_KIB = 1024
+GPUS = {
+    "T4": DeviceFacts(75, 40, 1024, 64 * _KIB, 64 * _KIB),
+    "A100": DeviceFacts(80, 108, 2048, 164 * _KIB, 163 * _KIB),
+    "Jetson Orin": DeviceFacts(87, 16, 1536, 164 * _KIB, 163 * _KIB),
+    "RTX 4090": DeviceFacts(89, 128, 1536, 100 * _KIB, 99 * _KIB),
+    "H100 PCIe": DeviceFacts(90, 114, 2048, 228 * _KIB, 227 * _KIB),
+    "H200": DeviceFacts(90, 132, 2048, 228 * _KIB, 227 * _KIB),
+    "B200": DeviceFacts(100, 148, 2048, 228 * _KIB, 227 * _KIB),
+    "RTX 5090": DeviceFacts(120, 170, 1536, 100 * _KIB, 99 * _KIB),
+}
+H200, T4 = GPUS["H200"], GPUS["T4"]
 TINY = DeviceFacts(arch=75, multiprocessors=2, threads=1024, shared_bytes=65536, block_shared_bytes=65536)
 """No real GPU: its two multiprocessors make small problems take every persistent loop."""
 

@@ -56,7 +56,7 @@ def streams(problem: Problem, device: DeviceFacts) -> bool:
         return True
     if not problem.aligned or problem.x_dtype == "float32":
         return False  # only one token is laid out for these
-    config = choose_config(m, n, k, problem.x_dtype, problem.aligned, problem.activation, device)
+    config = choose_config(n, k, problem.x_dtype, problem.aligned, problem.activation, device)
     token_blocks, tiles = -(-n // config.tokens), -(-m // config.tile)
     if token_blocks == 1:
         return config.tokens * k <= 16384 or tiles >= 8 * device.multiprocessors
@@ -68,16 +68,16 @@ def choose(problem: Problem, strategy: str, device: DeviceFacts) -> Config:
     """The configuration for a strategy: "streaming", "separate" or "adaptive"."""
     m, n, k = problem[:3]
     if strategy == "streaming" or (strategy == "adaptive" and streams(problem, device)):
-        return choose_config(m, n, k, problem.x_dtype, problem.aligned, problem.activation, device)
+        return choose_config(n, k, problem.x_dtype, problem.aligned, problem.activation, device)
     return choose_gemm(m, n, k, problem.activation, problem.planes, device)
 
 
 def candidates(problem: Problem, device: DeviceFacts) -> tuple[Config, ...]:
     """Every enumerated configuration that can serve the problem on this device, of both strategies."""
-    m, n, k = problem[:3]
+    n, k = problem[1:3]
     return (
-        *product_candidates(m, n, k, problem.x_dtype, problem.aligned, problem.activation, device),
-        *gemm_candidates(m, n, k, problem.activation, problem.planes, device),
+        *product_candidates(n, k, problem.x_dtype, problem.aligned, problem.activation, device),
+        *gemm_candidates(problem.activation, problem.planes, device),
     )
 
 

@@ -123,10 +123,8 @@ class GemmLaunch:
     stages: int
 
 
-def gemm_candidates(
-    m: int, n: int, k: int, activation: str, planes: int, device: DeviceFacts
-) -> tuple[GemmConfig, ...]:
-    """Every enumerated configuration that can compute y[n, m] over k features on this device."""
+def gemm_candidates(activation: str, planes: int, device: DeviceFacts) -> tuple[GemmConfig, ...]:
+    """Every enumerated configuration that this device can run, whatever the problem's size."""
     configs = GEMM_CONFIGS[activation]
     return tuple(c for c in configs if c.serves(planes) and c.fitting_stages(activation, planes, device) >= 2)
 
@@ -134,7 +132,7 @@ def gemm_candidates(
 def choose_gemm(m: int, n: int, k: int, activation: str, planes: int, device: DeviceFacts) -> GemmConfig:
     """The configuration that the model below expects to be fastest."""
     return min(
-        gemm_candidates(m, n, k, activation, planes, device),
+        gemm_candidates(activation, planes, device),
         key=lambda config: _microseconds(config, m, n, k, activation, planes, device),
     )
 
@@ -202,7 +200,6 @@ def _crowding_bytes(blocks: int, device: DeviceFacts) -> int:
     return min(share // 16 * 16 + 16, device.block_shared_bytes - _STATIC_SHARED_BYTES)
 
 
-@lru_cache(maxsize=4096)
 def gemm_launch(
     m: int, n: int, k: int, activation: str, planes: int, device: DeviceFacts, config: GemmConfig | None = None
 ) -> GemmLaunch:
@@ -247,6 +244,7 @@ def quantise_tiles_spec(x_dtype: str, norm: bool, activation: str, planes: int) 
     )
 
 
+@lru_cache(maxsize=4096)
 def quantise_tiles_launch(n: int, k: int, x_dtype: str, norm: bool, activation: str) -> Launch:
     """The prepass over n tokens of k features: a block a token, a thread for each 16 features."""
     spec = quantise_tiles_spec(x_dtype, norm, activation, 1 if activation == "int8" else PLANES[x_dtype])

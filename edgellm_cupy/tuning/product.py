@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from ..formats.packing import chunks
 from ..kernels.spec import KernelSpec, Launch
@@ -117,15 +117,13 @@ class ProductLaunch:
     slice_steps: int
 
 
-def choose_config(
-    m: int, n: int, k: int, x_dtype: str, aligned: bool, activation: str, device: DeviceFacts
-) -> ProductConfig:
-    """The kernel shape for y[n, m] over k features."""
-    return product_candidates(m, n, k, x_dtype, aligned, activation, device)[0]
+def choose_config(n: int, k: int, x_dtype: str, aligned: bool, activation: str, device: DeviceFacts) -> ProductConfig:
+    """The kernel shape for n tokens of k features."""
+    return product_candidates(n, k, x_dtype, aligned, activation, device)[0]
 
 
 def product_candidates(
-    m: int, n: int, k: int, x_dtype: str, aligned: bool, activation: str, device: DeviceFacts
+    n: int, k: int, x_dtype: str, aligned: bool, activation: str, device: DeviceFacts
 ) -> tuple[ProductConfig, ...]:
     """Every enumerated kernel shape that can serve the problem on this device, best first where nothing was tuned."""
     if not aligned or x_dtype == "float32":
@@ -190,7 +188,6 @@ def product_spec(x_dtype: str, gamma: str | None, aligned: bool, activation: str
     )
 
 
-@lru_cache(maxsize=4096)
 def product_launch(
     m: int,
     n: int,
@@ -203,7 +200,7 @@ def product_launch(
     config: ProductConfig | None = None,
 ) -> ProductLaunch:
     """The launch for y[n, m] over k features; `config` overrides the choice (for tuning)."""
-    config = config or choose_config(m, n, k, x_dtype, aligned, activation, device)
+    config = config or choose_config(n, k, x_dtype, aligned, activation, device)
     blocks = _whole_blocks(config, k)
     slice_steps = -(-blocks // config.step)
     columns = _columns(config, x_dtype, activation)
@@ -221,8 +218,8 @@ def product_launch(
     )
     tiles = -(-m // config.tile)
     token_blocks = min(-(-n // config.tokens), 65535)
-    columns = max(device.multiprocessors * resident // token_blocks, 1)
-    grid = -(-tiles // -(-tiles // columns))
+    most = max(device.multiprocessors * resident // token_blocks, 1)
+    grid = -(-tiles // -(-tiles // most))
     aligned = aligned and (config != _ANY or x_dtype == "float32")  # as product_specs enumerates them
     launch = Launch(
         product_spec(x_dtype, gamma, aligned, activation, config),
@@ -233,6 +230,7 @@ def product_launch(
     return ProductLaunch(launch, config, slice_steps)
 
 
+@cache
 def norm_spec(x_dtype: str) -> KernelSpec:
     """rmsnorm.cu for x's dtype."""
     return KernelSpec("rmsnorm.cu", (("X_T", X_TYPES[x_dtype]), ("THREADS", str(NORM_THREADS))))

@@ -7,21 +7,10 @@ import pytest
 
 from edgellm_cupy import verify
 from edgellm_cupy.tuning import dispatch, specialisations
-from edgellm_cupy.tuning.device import DeviceFacts
 from edgellm_cupy.tuning.gemm import GemmConfig, quantise_tiles_launch
 from edgellm_cupy.tuning.product import _STATIC_SHARED_BYTES, ProductConfig
+from tests.emulated import GPUS
 
-KIB = 1024
-GPUS = {
-    "T4": DeviceFacts(75, 40, 1024, 64 * KIB, 64 * KIB),
-    "A100": DeviceFacts(80, 108, 2048, 164 * KIB, 163 * KIB),
-    "Jetson Orin": DeviceFacts(87, 16, 1536, 164 * KIB, 163 * KIB),
-    "RTX 4090": DeviceFacts(89, 128, 1536, 100 * KIB, 99 * KIB),
-    "H100": DeviceFacts(90, 114, 2048, 228 * KIB, 227 * KIB),  # the PCIe card
-    "H200": DeviceFacts(90, 132, 2048, 228 * KIB, 227 * KIB),
-    "B200": DeviceFacts(100, 148, 2048, 228 * KIB, 227 * KIB),
-    "RTX 5090": DeviceFacts(120, 170, 1536, 100 * KIB, 99 * KIB),
-}
 ENUMERATED = frozenset(specialisations())
 
 
