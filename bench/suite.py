@@ -128,7 +128,7 @@ def run(
             "config": ctx.config.to_dict(),
             "weights": ctx.checkpoint.source,
             "body_bytes": ctx.checkpoint.body_bytes,
-            "head_bytes": ctx.checkpoint.head_bytes,
+            "head_bytes": ctx.checkpoint.head.nbytes,
         },
         "decoder_check": missing("no part that decodes was run"),
         "parts": {},

@@ -63,8 +63,7 @@ def run(ctx: Context) -> dict[str, Any]:
 
 def _weight_bytes(ctx: Context) -> int:
     c = ctx.checkpoint
-    norms = sum(layer.attn_norm.nbytes + layer.ffn_norm.nbytes for layer in c.layers) + c.final_norm.nbytes
-    return c.body_bytes + c.head_bytes + int(norms)
+    return c.body_bytes + c.norm_bytes + c.head.nbytes
 
 
 def _original_formula(ctx: Context) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from .formats.ternary import TernaryWeight
 from .model.decoder import KVCache, TernaryTransformer
 from .ops import rmsnorm, rmsnorm_ternary_matmul, ternary_matmul
 from .runtime import cuda_available, device_name
+from .sampling import Sampling
 from .version import __version__
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "KernelCompileError",
     "MissingDependencyError",
     "ModelConfig",
+    "Sampling",
     "TernaryTransformer",
     "TernaryWeight",
     "__version__",

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArgumentTypeError, ArgumentValueError, CheckpointError, MissingDependencyError
-from .checkpoint import Checkpoint, Int8Rows, LayerWeights
+from .checkpoint import Checkpoint, LayerWeights, Rows
 from .config import ModelConfig
 from .ternary import TernaryWeight
 
@@ -39,9 +39,10 @@ def write(checkpoint: Checkpoint, path: str | Path) -> None:
     """
     path = Path(path)
     safetensors = _require_safetensors(path)
+    embedding = checkpoint.embedding.astype("int8")
     tensors = {
-        "embedding.values": checkpoint.embedding.values,
-        "embedding.scale": checkpoint.embedding.scale,
+        "embedding.values": embedding.values,
+        "embedding.scale": embedding.scale,
         "final_norm": checkpoint.final_norm,
     }
     for i, layer in enumerate(checkpoint.layers):
@@ -133,7 +134,7 @@ def _read(path: Path, file: Any) -> Checkpoint:
             **{name: ternary(f"{prefix}.{name}", shape) for name, shape in shapes.items()},
         )
 
-    embedding = Int8Rows(
+    embedding = Rows(
         tensor("embedding.values", np.int8, (config.vocab_size, config.hidden_size)),
         tensor("embedding.scale", np.float32, (config.vocab_size,)),
     )
@@ -141,7 +142,9 @@ def _read(path: Path, file: Any) -> Checkpoint:
     layers = tuple(layer(f"layers.{i}") for i in range(config.num_layers))
     if unread:
         raise CheckpointError(f"{path}: tensor {min(unread)}: the configuration has no place for it")
-    return Checkpoint(config, embedding, layers, final_norm, metadata.get("source", path.name))
+    return Checkpoint(
+        config, layers, final_norm, metadata.get("source", path.name), lambda: embedding, lambda: embedding
+    )
 
 
 def _require_safetensors(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""ModelConfig: the numbers that define a decoder, from a preset or from a JSON file of the user's own."""
+"""ModelConfig: what defines a decoder beside its weights, from a preset, a checkpoint or a JSON file of the user's own."""
 
 from __future__ import annotations
 
@@ -9,27 +9,41 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArgumentValueError, CheckpointError
+from .rotary import RopeScaling
+
+FFN_ACTIVATIONS = ("silu", "relu2")
+"""relu2: the squared ReLU of BitNet b1.58 2B4T."""
 
 
 def _has_type(value: Any, name: str) -> bool:
     """Whether `value` is what a field of that type may hold; True and False are no numbers."""
-    types: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+    types: dict[str, tuple[type, ...]] = {
+        "int": (int,),
+        "float": (int, float),
+        "bool": (bool,),
+        "str": (str,),
+        "RopeScaling | None": (RopeScaling, type(None)),
+    }
     return isinstance(value, types[name]) and (name == "bool" or not isinstance(value, bool))
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Llama-class decoder whose four projections a layer are ternary.
+    """A decoder of the Llama or the BitNet b1.58 architecture, whose four products a layer are ternary.
 
     Attributes:
         name: what reports call it.
         num_layers, hidden_size, intermediate_size, vocab_size: the usual sizes.
         num_heads, num_kv_heads: query heads and key/value heads (grouped-query attention).
         head_dim: features of a head; even, because rotary embedding turns pairs.
-        gated: True: down(silu(gate) * up); False: down(silu(up)).
+        gated: True: down(f(gate) * up); False: down(f(up)), with f the `ffn_activation`.
         rope_theta: base of the rotary embedding, which turns the two halves of a head against each other.
         rms_eps: epsilon of every RMSNorm.
         max_context: tokens that the model was made for; longer contexts run, and are marked as synthetic.
+        ffn_activation: one of :data:`FFN_ACTIVATIONS`.
+        sub_norms: an RMSNorm in front of the products out and down too, as BitNet b1.58 2B4T has it.
+        tied_head: the embedding is also the output head.
+        rope_scaling: how the rotary embedding was stretched to longer contexts; None: not.
     """
 
     name: str
@@ -44,6 +58,10 @@ class ModelConfig:
     rope_theta: float = 1e4
     rms_eps: float = 1e-5
     max_context: int = 2048
+    ffn_activation: str = "silu"
+    sub_norms: bool = False
+    tied_head: bool = True
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -58,6 +76,10 @@ class ModelConfig:
             )
         if self.head_dim % 2 or self.head_dim > 256:
             raise ArgumentValueError(f"head_dim is {self.head_dim}, expected an even number up to 256")
+        if self.ffn_activation not in FFN_ACTIVATIONS:
+            raise ArgumentValueError(
+                f"ffn_activation is {self.ffn_activation!r}, expected one of {', '.join(FFN_ACTIVATIONS)}"
+            )
         if not (0 <= self.rms_eps < math.inf and 0 < self.rope_theta < math.inf):
             raise ArgumentValueError(
                 f"rms_eps is {self.rms_eps} and rope_theta {self.rope_theta}, expected finite numbers >= 0 and > 0"
@@ -112,7 +134,8 @@ class ModelConfig:
         if missing := [name for name in required if name not in values]:
             raise CheckpointError(f"{source}: the model field {missing[0]!r} is missing")
         try:
-            return cls(**values)
+            scaling = values.get("rope_scaling")
+            return cls(**{**values, "rope_scaling": None if scaling is None else RopeScaling.from_dict(scaling)})
         except ArgumentValueError as e:
             raise CheckpointError(f"{source}: {e}") from e
 
@@ -155,5 +178,20 @@ PRESETS = {
         head_dim=64,
         vocab_size=49152,
         gated=False,
+    ),
+    # BitNet b1.58 2B4T (Ma et al. 2025, arXiv:2504.12285).
+    "bitnet-2b4t": ModelConfig(
+        name="bitnet-2b4t",
+        num_layers=30,
+        hidden_size=2560,
+        intermediate_size=6912,
+        num_heads=20,
+        num_kv_heads=5,
+        head_dim=128,
+        vocab_size=128256,
+        rope_theta=5e5,
+        max_context=4096,
+        ffn_activation="relu2",
+        sub_norms=True,
     ),
 }

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArgumentValueError, CheckpointError, MissingDependencyError
-from .checkpoint import Checkpoint, Int8Rows, LayerWeights
+from .checkpoint import Checkpoint, Layers, LayerWeights, Rows
 from .config import ModelConfig
 from .ternary import TernaryWeight, concatenate
 
@@ -39,7 +39,8 @@ def read(path: str | Path) -> Checkpoint:
         parts = [TernaryWeight.from_float(model.tensor(name)) for name in names]
         return parts[0] if len(parts) == 1 else concatenate(parts)
 
-    def layer(prefix: str) -> LayerWeights:
+    def layer(i: int) -> LayerWeights:
+        prefix = f"model.layers.{i}"
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
         return LayerWeights(
             attn_norm=model.tensor(f"{prefix}.input_layernorm.weight"),
@@ -50,12 +51,16 @@ def read(path: str | Path) -> Checkpoint:
             down=ternary(f"{mlp}.down_proj.weight"),
         )
 
+    def embedding() -> Rows:
+        return Rows.from_float(model.tensor("model.embed_tokens.weight"), "int8")
+
     return Checkpoint(
         config=model.config,
-        embedding=Int8Rows.from_float(model.tensor("model.embed_tokens.weight")),
-        layers=tuple(layer(f"model.layers.{i}") for i in range(model.config.num_layers)),
+        layers=Layers(model.config.num_layers, layer),
         final_norm=model.tensor("model.norm.weight"),
         source=model.path.name,
+        read_embedding=embedding,
+        read_head=embedding,
     )
 
 

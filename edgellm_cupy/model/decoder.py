@@ -18,6 +18,7 @@ from ..errors import ArgumentTypeError, ArgumentValueError
 from ..formats import load_checkpoint
 from ..formats.checkpoint import Checkpoint
 from ..formats.config import ModelConfig
+from ..formats.rotary import rotary_table
 from ..formats.ternary import TernaryWeight
 from ..kernels import Graph, capture, load
 from ..ops import enqueue
@@ -70,7 +71,9 @@ class KVCache:
         # The length lives twice: on the device, where the kernels of a graph read it, and here, for checks.
         self._device_length, self._length = cp.zeros(1, cp.int32), 0
         self._best = cp.zeros(batch, cp.uint64)
-        self._turns = cp.asarray(_rotary_table(config, max_len))
+        self._turns = cp.asarray(
+            rotary_table(config.head_dim, config.rope_theta, config.rope_scaling, max_len, config.max_context)
+        )
         self._decode_buffers: _Buffers | None = None
         self._graph: Graph | None = None
 
@@ -170,10 +173,11 @@ class TernaryTransformer:
         ]
         self._final_norm = cp.asarray(checkpoint.final_norm)
         # Rows of whole 16-byte chunks, which is what lm_head.cu reads.
-        values = checkpoint.embedding.values
+        embedding = checkpoint.embedding.astype("int8")
+        values = embedding.values
         padding = -values.shape[1] % 16
         self._head_values = cp.asarray(np.pad(values, ((0, 0), (0, padding))) if padding else values)
-        self._head_scale = cp.asarray(checkpoint.embedding.scale)
+        self._head_scale = cp.asarray(embedding.scale)
 
     @classmethod
     def random(cls, config: ModelConfig, seed: int = 0, **options: Any) -> TernaryTransformer:
@@ -412,10 +416,3 @@ class TernaryTransformer:
             normed=cp.empty((cache.batch, c.hidden_size), cp.float32),
             splits=splits,
         )
-
-
-def _rotary_table(config: ModelConfig, max_len: int) -> np.ndarray:
-    """float32 [max_len, head_dim / 2, 2]: cosine and sine of each angle, from float64 angles."""
-    frequencies = config.rope_theta ** -(np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
-    angles = np.arange(max_len, dtype=np.float64)[:, None] * frequencies
-    return np.ascontiguousarray(np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32))

@@ -88,10 +88,10 @@ class TernaryTransformer:
             raise ArgumentValueError(f"dtype is {dtype!r}, expected one of {', '.join(MODEL_DTYPES)}")
         self.config, self.activation, self.checkpoint = checkpoint.config, activation, checkpoint
         self.dtype = dtype
-        self._dense = [
-            tuple(_dense(w) for w in (layer.qkv, layer.out, layer.up, layer.down)) for layer in checkpoint.layers
-        ]
-        self._head = checkpoint.embedding.values.astype(np.float32)
+        self._layers = tuple(checkpoint.layers)
+        self._dense = [tuple(_dense(w) for w in (layer.qkv, layer.out, layer.up, layer.down)) for layer in self._layers]
+        self._embedding = checkpoint.embedding
+        self._head = self._embedding.values.astype(np.float32)
         half = np.arange(0, self.config.head_dim, 2, dtype=np.float64) / self.config.head_dim
         self._frequencies = self.config.rope_theta**-half
 
@@ -153,9 +153,8 @@ class TernaryTransformer:
         check_tokens(ids, cache.batch, cache.length, cache.max_len, self.config.vocab_size)
         n = ids.shape[1]
         positions = cache.length + np.arange(n)
-        table = self.checkpoint.embedding
-        x = self._stored(table.values[ids].astype(np.float32) * table.scale[ids][..., None])
-        for i, (layer, (qkv, out, up, down)) in enumerate(zip(self.checkpoint.layers, self._dense, strict=True)):
+        x = self._stored(self._embedding.to_float(ids))
+        for i, (layer, (qkv, out, up, down)) in enumerate(zip(self._layers, self._dense, strict=True)):
             projected = self._stored(self._product(self._norm(x, layer.attn_norm), qkv, layer.qkv))
             attended = self._stored(self._attention(projected, cache, i, positions))
             x = self._stored(x + self._product(attended, out, layer.out))
@@ -163,7 +162,9 @@ class TernaryTransformer:
             x = self._stored(x + self._product(self._stored(self._activate(h)), down, layer.down))
         cache.length += n
         last = self._norm(x[:, -1], self.checkpoint.final_norm).astype(np.float32)
-        cache.logits = (last @ self._head.T) * table.scale
+        cache.logits = last @ self._head.T
+        if self._embedding.scale is not None:
+            cache.logits *= self._embedding.scale
         return cache.logits
 
     def _stored(self, values: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import pytest
 from edgellm_cupy import ArgumentTypeError, ArgumentValueError, EdgeLLMError, ModelConfig, TernaryWeight, reference
 from edgellm_cupy.arguments import check_rmsnorm, check_ternary_matmul
 from edgellm_cupy.formats import compact
-from edgellm_cupy.formats.checkpoint import Checkpoint, Int8Rows
+from edgellm_cupy.formats.checkpoint import Checkpoint, Rows
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32]
 ACTIVATIONS = ["float", "int8"]
@@ -404,8 +404,9 @@ def model_of(config, activation="float", seed=0):
     """Random weights, with an embedding of unit size, so that the residual stream and each product both matter."""
     checkpoint = Checkpoint.random(config, seed)
     embedding = np.random.default_rng(seed).standard_normal((config.vocab_size, config.hidden_size))
+    rows = Rows.from_float(embedding.astype(np.float32), "int8")
     checkpoint = Checkpoint(
-        config, Int8Rows.from_float(embedding), checkpoint.layers, checkpoint.final_norm, checkpoint.source
+        config, checkpoint.layers, checkpoint.final_norm, checkpoint.source, lambda: rows, lambda: rows
     )
     return reference.TernaryTransformer(checkpoint, activation)
 
@@ -453,7 +454,7 @@ def plain_logits(checkpoint, tokens, activation):
     def silu(v):
         return v / (1 + math.exp(-v))
 
-    x = [table.values[token].astype(np.float64) * float(table.scale[token]) for token in tokens]
+    x = [table.to_float(token).astype(np.float64) for token in tokens]
     for layer in checkpoint.layers:
         attended = plain_attention([product(plain_norm(v, layer.attn_norm, c.rms_eps), layer.qkv) for v in x], c)
         x = [v + np.array(product(a, layer.out)) for v, a in zip(x, attended, strict=True)]
@@ -463,7 +464,7 @@ def plain_logits(checkpoint, tokens, activation):
             hidden = [silu(g) * u for g, u in zip(gate, up or [1.0] * len(gate), strict=True)]
             x[i] = v + np.array(product(hidden, layer.down))
     last = np.array(plain_norm(x[-1], checkpoint.final_norm, c.rms_eps))
-    return (table.values.astype(np.float64) @ last) * table.scale
+    return table.to_float().astype(np.float64) @ last
 
 
 def rms(a):
