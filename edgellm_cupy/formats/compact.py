@@ -1,159 +1,188 @@
-"""Our own checkpoint file: safetensors with two bits a weight, and an int8 embedding.
+"""Our own checkpoint file: safetensors with two bits a weight.
 
 Metadata: ``format`` is :data:`FORMAT`, ``config`` the fields of ModelConfig as JSON, ``source`` where the weights came
 from. Tensors, for each layer i and each of its products P in qkv, out, up, down:
 
-    embedding.values     int8    [V, H]            layers.i.attn_norm   float32 [H]
-    embedding.scale      float32 [V]               layers.i.ffn_norm    float32 [H]
-    final_norm           float32 [H]               layers.i.P.packed    uint8   [M, ceil(K / 64), 16]
-                                                   layers.i.P.scale     float32 [M] or [1]
+    layers.i.attn_norm      float32 [H]            layers.i.P.packed   uint8   [M, ceil(K / 64), 16]
+    layers.i.ffn_norm       float32 [H]            layers.i.P.scale    float32 [M] or [1]
+    layers.i.attn_sub_norm  float32 [K of out]     final_norm          float32 [H]
+    layers.i.ffn_sub_norm   float32 [K of down]    embedding.values    int8, float16, bfloat16 or float32 [V, H]
+                                                   embedding.scale     float32 [V], where the values are int8
 
-:mod:`edgellm_cupy.formats.packing` defines the packed codes, `ModelConfig.products` gives M and K.
+The sub-norms are there when the configuration has them; ``head.values`` and ``head.scale``, like the embedding's, when
+its head is not tied. :mod:`edgellm_cupy.formats.packing` defines the packed codes, `ModelConfig.products` gives M and
+K. Files of version 1 are those that have an int8 embedding and neither sub-norms nor a head.
 """
 
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import ArgumentTypeError, ArgumentValueError, CheckpointError, MissingDependencyError
-from .checkpoint import Checkpoint, LayerWeights, Rows
+from ..errors import ArgumentValueError, CheckpointError
+from .checkpoint import ROW_DTYPES, Checkpoint, Layers, LayerWeights, Rows
+from .checks import not_finite, why_untrained
 from .config import ModelConfig
+from .packing import CHUNK_BYTES, chunks
+from .safetensors_file import SafetensorsFile, create, shown
 from .ternary import TernaryWeight
 
-FORMAT = "edgellm-ternary-v1"
-_FAMILY = FORMAT.rpartition("v")[0]
+FORMAT = "edgellm-ternary-v2"
+FAMILY = FORMAT.rpartition("v")[0]
+_READABLE = (f"{FAMILY}v1", FORMAT)
 _PRODUCTS = ("qkv", "out", "up", "down")
 
 
+def _norms(c: ModelConfig) -> dict[str, int]:
+    """A layer's norm weights and their sizes."""
+    norms = {"attn_norm": c.hidden_size, "ffn_norm": c.hidden_size}
+    return norms | ({"attn_sub_norm": c.q_rows, "ffn_sub_norm": c.intermediate_size} if c.sub_norms else {})
+
+
+def _tables(c: ModelConfig) -> tuple[str, ...]:
+    return ("embedding",) if c.tied_head else ("embedding", "head")
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
 def write(checkpoint: Checkpoint, path: str | Path) -> None:
-    """Write `checkpoint` to `path`. A file that stands there is replaced in one step, and only by a complete one.
+    """Write `checkpoint` to `path`, one layer at a time. A file that stands there is replaced in one step, and only by
+    a complete one.
 
     Raises:
-        CheckpointError: the file cannot be written.
-        MissingDependencyError: the package `safetensors` is not installed.
+        CheckpointError: the file cannot be written, a matrix is constant, or reading `checkpoint` failed.
     """
-    path = Path(path)
-    safetensors = _require_safetensors(path)
-    embedding = checkpoint.embedding.astype("int8")
-    tensors = {
-        "embedding.values": embedding.values,
-        "embedding.scale": embedding.scale,
-        "final_norm": checkpoint.final_norm,
-    }
-    for i, layer in enumerate(checkpoint.layers):
-        tensors[f"layers.{i}.attn_norm"] = layer.attn_norm
-        tensors[f"layers.{i}.ffn_norm"] = layer.ffn_norm
-        for name in _PRODUCTS:
-            weight: TernaryWeight = getattr(layer, name).to_host()
-            tensors[f"layers.{i}.{name}.packed"] = weight.packed
-            tensors[f"layers.{i}.{name}.scale"] = weight.scale
-    # safetensors writes the memory of an array, whatever its strides are.
-    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    metadata = {"format": FORMAT, "config": json.dumps(checkpoint.config.to_dict()), "source": checkpoint.source}
+    path, config = Path(path), checkpoint.config
+    metadata = {"format": FORMAT, "config": json.dumps(config.to_dict()), "source": checkpoint.source}
+    with create(path, _names(config), metadata) as add:
+        # Four-byte values and whole chunks first: what stands at the end may have any length, and all is aligned.
+        for i, layer in enumerate(checkpoint.layers):
+            for name in _norms(config):
+                add(f"layers.{i}.{name}", getattr(layer, name))
+            for name in _PRODUCTS:
+                weight: TernaryWeight = getattr(layer, name).to_host()
+                if why := why_untrained(weight):
+                    raise CheckpointError(f"{path}: cannot be written: layer {i}, {name}: {why}")
+                add(f"layers.{i}.{name}.scale", weight.scale)
+                add(f"layers.{i}.{name}.packed", weight.packed)
+        add("final_norm", checkpoint.final_norm)
+        for name in _tables(config):
+            rows = checkpoint.embedding if name == "embedding" else checkpoint.head
+            if rows.scale is not None:
+                add(f"{name}.scale", rows.scale)
+            add(f"{name}.values", rows.values)
 
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        # Not save_file, which makes a file that only its owner may read.
-        partial.write_bytes(safetensors.numpy.save(tensors, metadata))
-        partial.replace(path)
-    except OSError as e:
-        raise CheckpointError(f"{path}: cannot be written: {e}") from e
-    finally:
-        partial.unlink(missing_ok=True)
+
+def _names(c: ModelConfig) -> Iterator[str]:
+    for i in range(c.num_layers):
+        yield from (f"layers.{i}.{name}" for name in _norms(c))
+        yield from (f"layers.{i}.{name}.{part}" for name in _PRODUCTS for part in ("scale", "packed"))
+    yield "final_norm"
+    yield from (f"{name}.{part}" for name in _tables(c) for part in ("scale", "values"))
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def is_compact(path: str | Path) -> bool:
+    """Whether a safetensors file says that edgellm wrote it, in whatever version.
+
+    Raises:
+        CheckpointError: not a complete safetensors file.
+    """
+    return SafetensorsFile(Path(path)).metadata.get("format", "").startswith(FAMILY)
 
 
 def read(path: str | Path) -> Checkpoint:
-    """Read a file that :func:`write` made; every tensor is checked.
+    """Read a file that :func:`write` made. The header is checked here; values when a layer, the embedding or the head
+    is read. Arrays are views of the mapped file.
 
     Raises:
         CheckpointError: not such a file, or a damaged one; names the file and the tensor.
-        MissingDependencyError: the package `safetensors` is not installed.
     """
-    path = Path(path)
-    safetensors = _require_safetensors(path)
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            return _read(path, file)
-    except (OSError, safetensors.SafetensorError) as e:
-        raise CheckpointError(f"{path}: not a readable safetensors file: {e}") from e
+    file = SafetensorsFile(Path(path))
+    config = _config(file)
+    shapes = dict(zip(_PRODUCTS, config.products().values(), strict=True))
+    _check_header(file, config, shapes)
 
-
-def _read(path: Path, file: Any) -> Checkpoint:
-    metadata = file.metadata() or {}
-    stated = metadata.get("format", "")
-    if stated != FORMAT:
-        if stated.startswith(_FAMILY):
-            raise CheckpointError(f"{path}: its format is {stated!r}, but this version reads {FORMAT!r}")
-        raise CheckpointError(
-            f"{path}: a safetensors file, but not one that edgellm wrote "
-            f"(its metadata gives {f'the format {stated!r}' if stated else 'no format'}, expected {FORMAT!r})"
-        )
-    try:
-        values = json.loads(metadata.get("config", ""))
-    except ValueError as e:
-        raise CheckpointError(f"{path}: its metadata holds no model configuration: {e}") from e
-    config = ModelConfig.from_dict(values, str(path))
-    unread = set(file.keys())
-
-    def tensor(name: str, dtype: Any, shape: tuple[int, ...] | None = None) -> np.ndarray:
-        if name not in unread:
-            raise CheckpointError(f"{path}: tensor {name} is missing")
-        unread.remove(name)
-        try:
-            array = file.get_tensor(name)
-        except Exception as e:  # a dtype that NumPy lacks: safetensors raises anything, even AttributeError
-            raise CheckpointError(f"{path}: tensor {name} cannot be read: {e}") from e
-        if array.dtype != dtype or shape not in (None, array.shape):
-            expected = np.dtype(dtype).name + ("" if shape is None else f" {list(shape)}")
-            raise CheckpointError(
-                f"{path}: tensor {name} is {array.dtype} {list(array.shape)}, but the configuration needs {expected}"
-            )
-        if array.dtype == np.float32 and not np.isfinite(array).all():
-            raise CheckpointError(f"{path}: tensor {name} holds a value that is not finite")
-        return array
+    def vector(name: str) -> np.ndarray:
+        values = file.tensor(name)
+        if (at := not_finite(values)) is not None:
+            raise file.error(f"tensor {name} holds a value that is not finite, {values[at]} at {list(at)}")
+        return values
 
     def ternary(name: str, shape: tuple[int, int]) -> TernaryWeight:
-        packed, scale = tensor(f"{name}.packed", np.uint8), tensor(f"{name}.scale", np.float32)
         try:
-            return TernaryWeight.from_packed(packed, scale, shape)
-        except (ArgumentTypeError, ArgumentValueError) as e:
-            raise CheckpointError(f"{path}: tensor {name}: {e}") from e
+            weight = TernaryWeight.from_packed(file.tensor(f"{name}.packed"), vector(f"{name}.scale"), shape)
+        except ArgumentValueError as e:
+            raise file.error(f"tensor {name}: {e}") from e
+        if why := why_untrained(weight):
+            raise file.error(f"tensor {name}.packed: {why}")
+        return weight
 
-    hidden = (config.hidden_size,)
-    shapes = dict(zip(_PRODUCTS, config.products().values(), strict=True))
+    def layer(i: int) -> LayerWeights:
+        fields: dict[str, Any] = {name: vector(f"layers.{i}.{name}") for name in _norms(config)}
+        fields |= {name: ternary(f"layers.{i}.{name}", shape) for name, shape in shapes.items()}
+        return LayerWeights(**fields)
 
-    def layer(prefix: str) -> LayerWeights:
-        return LayerWeights(
-            attn_norm=tensor(f"{prefix}.attn_norm", np.float32, hidden),
-            ffn_norm=tensor(f"{prefix}.ffn_norm", np.float32, hidden),
-            **{name: ternary(f"{prefix}.{name}", shape) for name, shape in shapes.items()},
-        )
+    def rows(name: str) -> Rows:
+        values = file.tensor(f"{name}.values")
+        if values.dtype == np.int8:
+            return Rows(values, vector(f"{name}.scale"))
+        return Rows(vector(f"{name}.values"))
 
-    embedding = Rows(
-        tensor("embedding.values", np.int8, (config.vocab_size, config.hidden_size)),
-        tensor("embedding.scale", np.float32, (config.vocab_size,)),
-    )
-    final_norm = tensor("final_norm", np.float32, hidden)
-    layers = tuple(layer(f"layers.{i}") for i in range(config.num_layers))
-    if unread:
-        raise CheckpointError(f"{path}: tensor {min(unread)}: the configuration has no place for it")
     return Checkpoint(
-        config, layers, final_norm, metadata.get("source", path.name), lambda: embedding, lambda: embedding
+        config=config,
+        layers=Layers(config.num_layers, layer),
+        final_norm=vector("final_norm"),
+        source=file.metadata.get("source", file.path.name),
+        read_embedding=lambda: rows("embedding"),
+        read_head=lambda: rows(_tables(config)[-1]),
     )
 
 
-def _require_safetensors(path: Path) -> Any:
-    """The `safetensors` package with its `numpy` module."""
+def _config(file: SafetensorsFile) -> ModelConfig:
+    stated = file.metadata.get("format", "")
+    if stated not in _READABLE:
+        if stated.startswith(FAMILY):
+            raise file.error(f"its format is {shown(stated)!r}, but this version reads {' and '.join(_READABLE)}")
+        raise file.error(
+            "a safetensors file, but not one that edgellm wrote "
+            f"(its metadata gives {f'the format {shown(stated)!r}' if stated else 'no format'}, expected {FORMAT!r})"
+        )
     try:
-        import safetensors
-        import safetensors.numpy
-    except ImportError as e:
-        raise MissingDependencyError(
-            f"{path} needs the package safetensors: pip install 'edgellm-cupy[models]' ({e})"
-        ) from e
-    return safetensors
+        values = json.loads(file.metadata.get("config", ""))
+    except (ValueError, RecursionError) as e:
+        raise file.error(f"its metadata holds no model configuration: {e}") from e
+    return ModelConfig.from_dict(values, str(file.path))
+
+
+def _check_header(file: SafetensorsFile, c: ModelConfig, shapes: dict[str, tuple[int, int]]) -> None:
+    """Every tensor is there, of the right dtype and shape, and no other one."""
+    known = {"final_norm"}
+    file.expect("final_norm", (c.hidden_size,), np.float32)
+    for name in _tables(c):
+        entry = file.expect(f"{name}.values", (c.vocab_size, c.hidden_size), *ROW_DTYPES.values())
+        known.add(f"{name}.values")
+        if entry.dtype == np.int8:
+            file.expect(f"{name}.scale", (c.vocab_size,), np.float32)
+            known.add(f"{name}.scale")
+    # Ends at the first missing tensor, however many layers a damaged header promises.
+    for i in range(c.num_layers):
+        for name, size in _norms(c).items():
+            file.expect(f"layers.{i}.{name}", (size,), np.float32)
+            known.add(f"layers.{i}.{name}")
+        for name, (m, k) in shapes.items():
+            product = f"layers.{i}.{name}"
+            file.expect(f"{product}.packed", (m, chunks(k), CHUNK_BYTES), np.uint8)
+            scale = file.expect(f"{product}.scale", None, np.float32)
+            if scale.shape not in ((m,), (1,)):
+                raise file.error(f"tensor {product}.scale is {scale}, but the configuration needs float32 [{m}] or [1]")
+            known |= {f"{product}.packed", f"{product}.scale"}
+    if unknown := file.entries.keys() - known:
+        raise file.error(f"tensor {shown(min(unknown))}: the configuration has no place for it")

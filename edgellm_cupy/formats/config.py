@@ -1,4 +1,4 @@
-"""ModelConfig: what defines a decoder beside its weights, from a preset, a checkpoint or a JSON file of the user's own."""
+"""ModelConfig: what defines a decoder beside its weights, from a preset, a checkpoint or a JSON file."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from .rotary import RopeScaling
 
 FFN_ACTIVATIONS = ("silu", "relu2")
 """relu2: the squared ReLU of BitNet b1.58 2B4T."""
+
+SQUARED_UNIT = 2.0**-8
+"""relu(gate)**2 * up is stored as this times it (kernels_cu/include/ffn.cuh), because the square leaves float16's range
+with ordinary activations. An RMSNorm behind it takes any factor out again but for its epsilon, which has to shrink by
+the factor's square; a power of two rounds nothing."""
 
 
 def _has_type(value: Any, name: str) -> bool:

@@ -1,66 +1,84 @@
-"""Reads GGUF files of architecture ``llama``: the container and its quantised types through the `gguf` package.
+"""Reads GGUF files of the architectures ``llama`` and BitNet, quantised to ternary already or not.
 
-Every matrix is dequantised to float32, one at a time. :func:`read` quantises them to ternary with absmean;
-:func:`read_float` hands them out as they are, by the names that Hugging Face gives them.
+:func:`read` makes a checkpoint of ternary products, :func:`read_float` hands all tensors out as floats, by the names
+that Hugging Face gives them.
 
-The one thing that GGUF changes is the order of the rows of query and key. A Llama file rotates adjacent pairs of a
-head's features, (0, 1), (2, 3), ...; Hugging Face and our decoder rotate the first half against the second,
-(0, d/2), (1, d/2 + 1), ... :func:`_halves_from_pairs` undoes it.
+**What becomes of a matrix.** Of a product, whatever the file can say exactly stays as it is:
+
+- A ternary type (TQ1_0, TQ2_0, Q2_0, I2_S) keeps its codes. Its block scales become one scale where they are all
+  equal, one a row where those of each row are. A block without weights other than zero agrees with every scale.
+- A type of floats, or one that stands for them, is taken as it is where all its weights other than zero have one
+  magnitude: a ternary model stored as floats. Absmean would scale it by the share of weights that are not zero.
+- Everything else, also a ternary type with different scales in a row, is quantised with absmean.
+
+Embedding and head stay what they are when they are float16, bfloat16 or float32, and are int8 otherwise. An output
+head that repeats the embedding byte by byte is a tied one.
+
+**The order of the rows of query and key.** A file of architecture ``llama`` rotates adjacent pairs of a head's
+features, (0, 1), (2, 3), ...; Hugging Face and our decoder rotate the first half against the second, (0, d/2),
+(1, d/2 + 1), ... :func:`halves_from_pairs` undoes it. BitNet files rotate halves, and need nothing.
+
+**BitNet files.** ``bitnet-b1.58`` and ``bitnet-25`` (bitnet.cpp) are 2B4T: sub-norms and a squared ReLU. ``bitnet``
+(llama.cpp) has sub-norms too; it was made for the 1bitLLM reproductions, whose FFN has SiLU, and its converter now
+takes 2B4T as well without noting the activation. So the sizes decide: those of 2B4T mean a squared ReLU.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import ArgumentValueError, CheckpointError, MissingDependencyError
+from ..errors import ArgumentValueError, CheckpointError
 from .checkpoint import Checkpoint, Layers, LayerWeights, Rows
-from .config import ModelConfig
+from .config import PRESETS, ModelConfig
+from .gguf_file import GgufFile, GgufTensor
+from .gguf_types import I2_S, dequantize, ternary_rows
+from .rotary import RopeScaling
 from .ternary import TernaryWeight, concatenate
+
+_PIECE = 1 << 20
+"""Elements of an embedding or head that are converted at once."""
 
 
 def read(path: str | Path) -> Checkpoint:
-    """Read a GGUF file and quantise its products to ternary, each matrix with its own absmean scale.
-
-    The embedding, which is also the head, becomes int8 with a scale a row. Beside the result no more than one matrix
-    is held in float32.
+    """Read the header of a GGUF file, all of it checked. Layers, embedding and head are read when they are asked for.
 
     Raises:
-        CheckpointError: not a complete GGUF file of a Llama with a tied head; names the file and the tensor.
-        MissingDependencyError: the package `gguf` is not installed.
+        CheckpointError: not a complete GGUF file of a model that this decoder runs; names the file and the tensor.
+            Reading a layer, the embedding or the head may raise it too.
+        MissingDependencyError: the package `gguf` is not installed, and a tensor has one of its types.
     """
-    model = _LlamaFile(Path(path))
-
-    def ternary(*names: str) -> TernaryWeight:
-        parts = [TernaryWeight.from_float(model.tensor(name)) for name in names]
-        return parts[0] if len(parts) == 1 else concatenate(parts)
+    model = _ModelFile(Path(path))
 
     def layer(i: int) -> LayerWeights:
-        prefix = f"model.layers.{i}"
-        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        block = f"blk.{i}"
+        sub = model.config.sub_norms
         return LayerWeights(
-            attn_norm=model.tensor(f"{prefix}.input_layernorm.weight"),
-            qkv=ternary(*(f"{attention}.{part}_proj.weight" for part in "qkv")),
-            out=ternary(f"{attention}.o_proj.weight"),
-            ffn_norm=model.tensor(f"{prefix}.post_attention_layernorm.weight"),
-            up=ternary(f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight"),
-            down=ternary(f"{mlp}.down_proj.weight"),
+            attn_norm=model.floats(f"{block}.attn_norm.weight"),
+            qkv=concatenate([model.product(f"{block}.attn_{part}") for part in "qkv"]),
+            out=model.product(f"{block}.attn_output"),
+            ffn_norm=model.floats(f"{block}.ffn_norm.weight"),
+            up=concatenate([model.product(f"{block}.ffn_{part}") for part in ("gate", "up")]),
+            down=model.product(f"{block}.ffn_down"),
+            attn_sub_norm=model.floats(f"{block}.attn_sub_norm.weight") if sub else None,
+            ffn_sub_norm=model.floats(f"{block}.ffn_sub_norm.weight") if sub else None,
         )
 
-    def embedding() -> Rows:
-        return Rows.from_float(model.tensor("model.embed_tokens.weight"), "int8")
+    def rows(name: str) -> Callable[[], Rows]:
+        return lambda: model.rows(name)
 
     return Checkpoint(
         config=model.config,
         layers=Layers(model.config.num_layers, layer),
-        final_norm=model.tensor("model.norm.weight"),
+        final_norm=model.floats("output_norm.weight"),
         source=model.path.name,
-        read_embedding=embedding,
-        read_head=embedding,
+        read_embedding=rows("token_embd.weight"),
+        read_head=rows("token_embd.weight" if model.config.tied_head else "output.weight"),
     )
 
 
@@ -68,18 +86,29 @@ def read_float(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of such a file without quantising them: (name, float32 array), one at a time.
 
     Names are Hugging Face's, such as ``model.layers.0.self_attn.q_proj.weight``; matrices are [M, K], the rows of
-    query and key in Hugging Face's order.
+    query and key in Hugging Face's order. There is no ``lm_head.weight`` when the head is tied.
 
     Raises:
         CheckpointError, MissingDependencyError: as :func:`read`.
     """
-    model = _LlamaFile(Path(path))
-    for name, _, _ in _layout(model.config):
-        yield name, model.tensor(name)
+    model = _ModelFile(Path(path))
+    for name, stored, _ in _layout(model.config):
+        yield name, model.floats(stored)
+
+
+def read_metadata(path: str | Path, prefix: str = "") -> dict[str, Any]:
+    """The header fields whose keys begin with `prefix`, such as ``"tokenizer."``, by their whole keys.
+
+    Numbers are Python's, strings str, arrays of strings lists, and arrays of numbers NumPy arrays.
+
+    Raises:
+        CheckpointError, MissingDependencyError: as :func:`read`.
+    """
+    return {key: value for key, value in GgufFile(path).fields.items() if key.startswith(prefix)}
 
 
 def _layout(c: ModelConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Every tensor of a Llama: its name at Hugging Face, its name in GGUF, its shape."""
+    """Every tensor that such a model must have: its name at Hugging Face, its name in GGUF, its shape."""
     hidden, ffn = c.hidden_size, c.intermediate_size
     yield "model.embed_tokens.weight", "token_embd.weight", (c.vocab_size, hidden)
     for i in range(c.num_layers):
@@ -93,17 +122,66 @@ def _layout(c: ModelConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         yield f"{layer}.mlp.gate_proj.weight", f"{block}.ffn_gate.weight", (ffn, hidden)
         yield f"{layer}.mlp.up_proj.weight", f"{block}.ffn_up.weight", (ffn, hidden)
         yield f"{layer}.mlp.down_proj.weight", f"{block}.ffn_down.weight", (hidden, ffn)
+        if c.sub_norms:
+            yield f"{layer}.self_attn.attn_sub_norm.weight", f"{block}.attn_sub_norm.weight", (c.q_rows,)
+            yield f"{layer}.mlp.ffn_sub_norm.weight", f"{block}.ffn_sub_norm.weight", (ffn,)
     yield "model.norm.weight", "output_norm.weight", (hidden,)
+    if not c.tied_head:
+        yield "lm_head.weight", "output.weight", (c.vocab_size, hidden)
 
 
-def _halves_from_pairs(w: np.ndarray, num_heads: int) -> np.ndarray:
+def halves_from_pairs(w: np.ndarray, num_heads: int) -> np.ndarray:
     """[heads * head_dim, K]: the rows of each head, stored for pairs, in the order 0, 2, 4, ..., then 1, 3, 5, ..."""
     rows, k = w.shape
     return w.reshape(num_heads, rows // num_heads // 2, 2, k).swapaxes(1, 2).reshape(rows, k)
 
 
-class _LlamaFile:
-    """An open GGUF file whose header describes a whole Llama: every tensor is there, in the right shape.
+def _from_floats(w: np.ndarray) -> TernaryWeight:
+    """Exactly `w` where it has one magnitude beside zero, else quantised with absmean."""
+    magnitude = np.abs(w)
+    largest = magnitude.max()
+    if ((magnitude == 0) | (magnitude == largest)).all():
+        return TernaryWeight.from_int8(np.sign(w).astype(np.int8), float(largest))
+    return TernaryWeight.from_float(w)
+
+
+def _row_scales(codes: np.ndarray, d: np.ndarray) -> np.ndarray | None:
+    """The scales of ternary blocks as float32 [1] or [M]; None where a row has different ones.
+
+    Args:
+        codes: int8 [M, K].
+        d: float16 [M, blocks of a row], or float32 [1, 1] for the whole matrix.
+    """
+    if d.size == 1:
+        return d.reshape(1).astype(np.float32)
+    used = np.asarray(codes.reshape((*d.shape, -1)).any(axis=2))
+    low, high = np.where(used, d, np.inf).min(axis=1), np.where(used, d, -np.inf).max(axis=1)
+    rows = used.any(axis=1)
+    if (low[rows] != high[rows]).any():
+        return None
+    scales = np.where(rows, high, 0).astype(np.float32)
+    return scales[rows][:1] if (scales[rows] == scales[rows][:1]).all() else scales
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """What a value of general.architecture says, beside the sizes."""
+
+    pairs: bool  # whether query and key are stored for rotation of adjacent pairs
+    sub_norms: bool
+    activation: str
+
+
+_ARCHITECTURES = {
+    "llama": _Architecture(pairs=True, sub_norms=False, activation="silu"),
+    "bitnet": _Architecture(pairs=False, sub_norms=True, activation="silu"),  # or 2B4T: _read_config
+    "bitnet-25": _Architecture(pairs=False, sub_norms=True, activation="relu2"),
+    "bitnet-b1.58": _Architecture(pairs=False, sub_norms=True, activation="relu2"),
+}
+
+
+class _ModelFile:
+    """A GGUF file whose header describes a whole model: every tensor is there, in the right shape.
 
     Attributes:
         path, config: the file, and the sizes that its header gives.
@@ -111,105 +189,267 @@ class _LlamaFile:
 
     def __init__(self, path: Path):
         self.path = path
-        reader = _open(path)
-        self._fields = reader.fields
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self._file = GgufFile(path)
+        self._tensors = self._file.tensors
+        name = self._metadata("general.architecture", str)
+        if name not in _ARCHITECTURES:
+            raise self._error(f"architecture is {name!r}, expected one of {', '.join(_ARCHITECTURES)}")
+        self._name, self._architecture = name, _ARCHITECTURES[name]
         self.config = self._read_config()
-        self._stored: dict[str, str] = {}
-        # Ends at the first missing tensor, however many layers a damaged header promises.
-        for name, stored, expected in _layout(self.config):
-            if (shape := self._shape(stored)) != expected:
-                raise self._error(f"tensor {stored} has shape {shape}, but the header's sizes need {expected}")
-            self._stored[name] = stored
-        self._check_head()
-        # Biases, experts or rotary factors, left out in silence, would make another model.
-        if unknown := sorted(self._tensors.keys() - self._stored.values() - {"output.weight"}):
-            raise self._error(f"tensor {unknown[0]}: this decoder has no place for it")
+        self._check_tensors()
+        self._file.fields.clear()  # a vocabulary is large, and nobody here needs it any more
 
-    def tensor(self, name: str) -> np.ndarray:
-        """One tensor by its Hugging Face name, as float32 of its own: finite, not all zero."""
-        from gguf.quants import dequantize
+    # ---- tensors, by their GGUF names -------------------------------------------------------------------------------
 
-        stored = self._stored[name]
-        data, kind = self._tensors[stored].data, self._tensors[stored].tensor_type
+    def floats(self, name: str) -> np.ndarray:
+        """Any tensor as float32 of its own: finite, not all zero; query and key in Hugging Face's order of rows."""
+        tensor = self._tensors[name]
+        values = self._decode(tensor, self._file.bytes_of(tensor)).reshape(tensor.shape)
+        with np.errstate(over="ignore"):  # refused below, by name
+            values *= self._product_scale(name.removesuffix(".weight"))
+        return self._in_halves(tensor, self._require_sound(tensor, values))
+
+    def product(self, name: str) -> TernaryWeight:
+        """The ternary matrix `name`.weight, times `name`.scale."""
+        tensor = self._tensors[f"{name}.weight"]
+        if not tensor.type.is_ternary:
+            return _from_floats(self.floats(tensor.name))
+        codes, d = self._codes(tensor, self._file.bytes_of(tensor))
+        self._require_some(tensor, codes)
+        scales = _row_scales(codes, d)
+        if scales is None:
+            return _from_floats(self.floats(tensor.name))
+        with np.errstate(over="ignore"):
+            scales = scales * self._product_scale(name)
+        self._require_sound(tensor, scales)
+        if scales.size > 1:
+            scales = self._in_halves(tensor, scales[:, None])[:, 0]
+        return TernaryWeight.from_int8(self._in_halves(tensor, codes), scales)
+
+    def rows(self, name: str) -> Rows:
+        """An embedding or a head: the file's own memory where it holds floats, else int8, a few rows at a time."""
+        tensor = self._tensors[name]
+        data, (v, h) = self._file.bytes_of(tensor), tensor.shape
+        at_once = v if tensor.type is I2_S else max(1, _PIECE // h)
+        as_stored = tensor.type.dtype is not None
+        values, scale = np.empty((0 if as_stored else v, h), np.int8), np.empty(0 if as_stored else v, np.float32)
+        some = False
+        for start in range(0, v, at_once):
+            stop = min(v, start + at_once)
+            stored = data[start * tensor.nbytes // v : stop * tensor.nbytes // v]
+            piece = self._require_finite(tensor, self._decode(tensor, stored, start).reshape(-1, h), start)
+            some = some or bool(piece.any())
+            if not as_stored:
+                converted = Rows.from_float(piece, "int8")
+                values[start:stop], scale[start:stop] = converted.values, converted.scale
+        self._require_some(tensor, np.bool_(some))
+        return Rows(data.view(tensor.type.dtype).reshape(v, h)) if as_stored else Rows(values, scale)
+
+    def _decode(self, tensor: GgufTensor, data: np.ndarray, first_row: int = 0) -> np.ndarray:
+        """The stored bytes of whole rows, from `first_row` on, as float32 of its own, flat."""
+        if tensor.type.is_ternary:
+            codes, d = self._codes(tensor, data, first_row)
+            return (codes.reshape((*d.shape, -1)) * d.astype(np.float32)[:, :, None]).ravel()
+        if tensor.type.dtype:
+            return data.view(tensor.type.dtype).astype(np.float32)
         try:
-            # Damaged block scales overflow or are NaN; the result is checked below. A copy, because an F32 tensor
-            # would be a view that keeps the file mapped.
-            with np.errstate(all="ignore"):
-                values = np.array(dequantize(data, kind), dtype=np.float32)
+            return dequantize(tensor.type, data, tensor.shape[-1], self.path).ravel()
         except Exception as e:  # whatever the package raises for a type that it cannot dequantise
-            raise self._error(f"tensor {stored} of type {kind.name}: {e}") from e
+            raise self._error(f"tensor {tensor.name} of type {tensor.type.name}: {e}") from e
+
+    def _codes(self, tensor: GgufTensor, data: np.ndarray, first_row: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """:func:`ternary_rows`, with finite scales. What a block scaled by zero holds is zero."""
+        codes, d = ternary_rows(tensor.type, data, tensor.shape[-1])
+        if codes.max() > 1:
+            row, column = divmod(int((codes > 1).argmax()), codes.shape[1])
+            raise self._error(
+                f"tensor {tensor.name}: the code of element [{first_row + row}, {column}] is no ternary weight "
+                f"in {tensor.type.name}"
+            )
+        if not np.isfinite(d).all():
+            row, block = divmod(int(np.isfinite(d).argmin()), d.shape[1])
+            raise self._error(
+                f"tensor {tensor.name}: the scale of row {first_row + row}, block {block} is {d[row, block]}, "
+                "expected a finite number"
+            )
+        if not d.all():
+            codes = (codes.reshape((*d.shape, -1)) * (d != 0)[:, :, None]).reshape(codes.shape)
+        return codes, d
+
+    def _product_scale(self, name: str) -> np.float32:
+        """What the product's output is multiplied by: a tensor of one element, in some ternary files."""
+        tensor = self._tensors.get(f"{name}.scale")
+        if tensor is None:
+            return np.float32(1)
+        return np.float32(self._require_sound(tensor, self._decode(tensor, self._file.bytes_of(tensor)))[0])
+
+    def _in_halves(self, tensor: GgufTensor, values: np.ndarray) -> np.ndarray:
+        """The rows of query and key in the order that rotates halves; anything else as it is."""
+        part = tensor.name.rpartition(".attn_")[2]
+        heads = {"q.weight": self.config.num_heads, "k.weight": self.config.num_kv_heads}.get(part)
+        return halves_from_pairs(values, heads) if heads and self._architecture.pairs else values
+
+    def _require_sound(self, tensor: GgufTensor, values: np.ndarray) -> np.ndarray:
+        self._require_some(tensor, values)
+        return self._require_finite(tensor, values)
+
+    def _require_finite(self, tensor: GgufTensor, values: np.ndarray, first_row: int = 0) -> np.ndarray:
         finite = np.isfinite(values)
         if not finite.all():
-            at = tuple(int(i) for i in np.unravel_index(int(finite.argmin()), values.shape))
-            raise self._error(f"tensor {stored}: element {list(at)} is {values[at]}, expected a finite number")
-        if not values.any():
-            raise self._error(f"tensor {stored} is all zero, which no trained model is")
-        if name.endswith(".q_proj.weight"):
-            return _halves_from_pairs(values, self.config.num_heads)
-        if name.endswith(".k_proj.weight"):
-            return _halves_from_pairs(values, self.config.num_kv_heads)
+            at = [int(i) for i in np.unravel_index(int(finite.argmin()), values.shape)]
+            value = values[tuple(at)]
+            at[0] += first_row
+            raise self._error(f"tensor {tensor.name}: element {at} is {value}, expected a finite number")
         return values
+
+    def _require_some(self, tensor: GgufTensor, values: Any) -> None:
+        if not values.any():
+            raise self._error(f"tensor {tensor.name} is all zero, which no trained model is")
 
     # ---- the header -------------------------------------------------------------------------------------------------
 
     def _read_config(self) -> ModelConfig:
-        architecture = self._metadata("general.architecture", str)
-        if architecture != "llama":
-            raise self._error(f"architecture is {architecture!r}, but only 'llama' is supported")
-        self._check_rotary_scaling()
-        hidden = self._metadata("llama.embedding_length", int)
-        heads = self._metadata("llama.attention.head_count", int)
+        arch = self._name
+        hidden = self._metadata(f"{arch}.embedding_length", int)
+        ffn = self._metadata(f"{arch}.feed_forward_length", int)
+        heads = self._metadata(f"{arch}.attention.head_count", int)
         if heads < 1:
-            raise self._error(f"llama.attention.head_count is {heads}, expected at least 1")
-        head_dim = self._metadata("llama.attention.key_length", int, hidden // heads)
-        for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+            raise self._error(f"{arch}.attention.head_count is {heads}, expected at least 1")
+        head_dim = self._metadata(f"{arch}.attention.key_length", int, hidden // heads)
+        for key in (f"{arch}.attention.value_length", f"{arch}.rope.dimension_count"):
             if (size := self._metadata(key, int, head_dim)) != head_dim:
                 raise self._error(f"{key} is {size}, expected the head dimension, {head_dim}")
+        preset = PRESETS["bitnet-2b4t"]
+        is_2b4t = self._architecture.sub_norms and (hidden, ffn) == (preset.hidden_size, preset.intermediate_size)
+        context = self._metadata(f"{arch}.context_length", int)
+        embedding = self._tensors.get("token_embd.weight")
+        if embedding is None or len(embedding.shape) != 2:
+            raise self._error("tensor token_embd.weight is missing, or is no matrix")
         try:
             return ModelConfig(
                 name=self.path.stem,
-                num_layers=self._metadata("llama.block_count", int),
+                num_layers=self._metadata(f"{arch}.block_count", int),
                 hidden_size=hidden,
-                intermediate_size=self._metadata("llama.feed_forward_length", int),
+                intermediate_size=ffn,
                 num_heads=heads,
-                num_kv_heads=self._metadata("llama.attention.head_count_kv", int, heads),
+                num_kv_heads=self._metadata(f"{arch}.attention.head_count_kv", int, heads),
                 head_dim=head_dim,
-                vocab_size=self._shape("token_embd.weight")[0],
-                rope_theta=self._metadata("llama.rope.freq_base", float, 1e4),
-                rms_eps=self._metadata("llama.attention.layer_norm_rms_epsilon", float),
-                max_context=self._metadata("llama.context_length", int),
+                vocab_size=embedding.shape[0],
+                rope_theta=self._metadata(f"{arch}.rope.freq_base", float, 1e4),
+                rms_eps=self._metadata(f"{arch}.attention.layer_norm_rms_epsilon", float),
+                max_context=context,
+                ffn_activation="relu2" if is_2b4t else self._architecture.activation,
+                sub_norms=self._architecture.sub_norms,
+                tied_head=self._is_tied(),
+                rope_scaling=self._read_rope_scaling(head_dim, context),
             )
         except ArgumentValueError as e:
             raise self._error(str(e)) from e
 
-    def _check_rotary_scaling(self) -> None:
-        # A factor without a type means linear scaling, and 0 no factor.
-        factors = [self._metadata(f"llama.rope.{key}", float, 0.0) for key in ("scaling.factor", "scale_linear")]
-        linear = any(factor not in (0, 1) for factor in factors)
-        kind = self._metadata("llama.rope.scaling.type", str, "linear" if linear else "none")
-        if kind != "none":
-            raise self._error(f"the rotary embedding is scaled ({kind}), which is not supported yet")
+    def _read_rope_scaling(self, head_dim: int, context: int) -> RopeScaling | None:
+        """What stretches the rotary embedding, by Hugging Face's meaning of the same words.
 
-    def _check_head(self) -> None:
+        Three things differ from there. A type that is missing is linear, and its factor 1 or 0 stands for none. The
+        attention factor of yarn is one on top of yarn's own formula, and that of longrope is 1 when it is missing. And
+        a tensor rope_freqs.weight divides the frequencies (Llama 3.1 has it): that is longrope with short factors
+        equal to the long ones.
+        """
+        prefix = f"{self._name}.rope.scaling"
+        kind = self._metadata(f"{prefix}.type", str, "linear")
+        factor = self._metadata(f"{prefix}.factor", float, 0.0) or 1.0
+        if kind == "linear" and factor == 1:
+            factor = self._metadata(f"{self._name}.rope.scale_linear", float, 0.0) or 1.0  # its name in old files
+        original = self._metadata(f"{prefix}.original_context_length", int, context)
+        attention = self._metadata(f"{prefix}.attn_factor", float, 1.0)
+        for key, expected in (("yarn_ext_factor", 1.0), ("yarn_attn_factor", 1.0), ("yarn_log_multiplier", 0.0)):
+            if (value := self._metadata(f"{prefix}.{key}", float, expected)) != expected:
+                raise self._error(f"{prefix}.{key} is {value}, which is not supported")
+        if attention != 1 and kind not in ("yarn", "longrope"):
+            raise self._error(f"{prefix}.attn_factor is {attention}, which is not supported without yarn or longrope")
+        divisors = self._rope_factors("rope_freqs", head_dim)
+        if divisors is not None:
+            if kind not in ("none", "linear"):
+                raise self._error(f"tensor rope_freqs.weight in a file whose {prefix}.type is {kind}: not supported")
+            scaled = tuple(x * (factor if kind == "linear" else 1.0) for x in divisors)
+            return RopeScaling("longrope", 1.0, context, attention_factor=1.0, short_factor=scaled, long_factor=scaled)
+        if kind == "none" or (kind in ("linear", "yarn") and factor == attention == 1):
+            return None
+        if kind == "linear":
+            return RopeScaling("linear", factor)
+        if kind == "yarn" and factor != 1:
+            return RopeScaling(
+                "yarn",
+                factor,
+                original,
+                beta_fast=self._metadata(f"{prefix}.yarn_beta_fast", float, 32.0),
+                beta_slow=self._metadata(f"{prefix}.yarn_beta_slow", float, 1.0),
+                attention_factor=0.0 if attention == 1 else attention * (1 + 0.1 * math.log(max(factor, 1.0))),
+            )
+        if kind == "longrope":
+            short, long = (self._rope_factors(f"rope_factors_{which}", head_dim) for which in ("short", "long"))
+            if short is None or long is None:
+                raise self._error("the rotary embedding is longrope, but tensor rope_factors_short or _long is missing")
+            return RopeScaling(
+                "longrope",
+                context / max(original, 1),
+                original,
+                attention_factor=attention,
+                short_factor=short,
+                long_factor=long,
+            )
+        raise self._error(
+            f"the rotary embedding is scaled ({kind:.80}, factor {factor}), expected none, linear, yarn or longrope"
+        )
+
+    def _rope_factors(self, name: str, head_dim: int) -> tuple[float, ...] | None:
+        """The tensor `name`.weight, one factor above 0 a frequency; None where there is none."""
+        tensor = self._tensors.get(f"{name}.weight")
+        if tensor is None:
+            return None
+        if tensor.shape != (head_dim // 2,) or tensor.type.name != "F32":
+            raise self._error(
+                f"tensor {tensor.name} is {tensor.type.name} {list(tensor.shape)}, expected F32 [{head_dim // 2}]"
+            )
+        values = self._require_finite(tensor, self._decode(tensor, self._file.bytes_of(tensor)))
+        if not (values > 0).all():
+            raise self._error(f"tensor {tensor.name}: expected factors above 0")
+        return tuple(float(x) for x in values)
+
+    def _is_tied(self) -> bool:
+        """Whether there is no head beside the embedding, or one that repeats it."""
         head, embedding = self._tensors.get("output.weight"), self._tensors["token_embd.weight"]
-        if head is not None and not (
-            head.tensor_type == embedding.tensor_type
-            and np.array_equal(head.data.view(np.uint8), embedding.data.view(np.uint8))
-        ):
-            raise self._error("tensor output.weight is not token_embd.weight: separate heads are not supported yet")
+        if head is None:
+            return True
+        if (head.type, head.shape) != (embedding.type, embedding.shape):
+            return False
+        a, b = self._file.bytes_of(head), self._file.bytes_of(embedding)
+        return all(np.array_equal(a[i : i + _PIECE], b[i : i + _PIECE]) for i in range(0, len(a), _PIECE))
+
+    def _check_tensors(self) -> None:
+        known = {"output.weight", "rope_freqs.weight"}
+        if self.config.rope_scaling is not None and self.config.rope_scaling.kind == "longrope":
+            known |= {"rope_factors_short.weight", "rope_factors_long.weight"}
+        # Ends at the first missing tensor, however many layers a damaged header promises.
+        for _, name, expected in _layout(self.config):
+            if name not in self._tensors:
+                raise self._error(f"tensor {name} is missing")
+            if (shape := self._tensors[name].shape) != expected:
+                raise self._error(f"tensor {name} has shape {shape}, but the header's sizes need {expected}")
+            known.add(name)
+            scale = name.removesuffix("weight") + "scale"
+            if len(expected) == 2 and name.startswith("blk.") and scale in self._tensors:
+                if (shape := self._tensors[scale].shape) not in ((), (1,)):
+                    raise self._error(f"tensor {scale} has shape {shape}, expected one element")
+                known.add(scale)
+        # Biases, experts or rotary factors, left out in silence, would make another model.
+        if unknown := sorted(self._tensors.keys() - known):
+            raise self._error(f"tensor {unknown[0]}: this decoder has no place for it")
 
     def _metadata(self, key: str, kind: type, default: Any = None) -> Any:
         """A header field of type `kind`; it is required when there is no default."""
-        field = self._fields.get(key)
-        if field is None and default is not None:
-            return default
-        if field is None:
+        value = self._file.fields.get(key, default)
+        if value is None:
             raise self._error(f"the header field {key} is missing")
-        try:
-            value = field.contents()
-        except Exception as e:  # a damaged field: not UTF-8, an empty array, ...
-            raise self._error(f"the header field {key} cannot be read: {e}") from e
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise self._error(f"the header field {key} is {value!r:.80}, expected {kind.__name__}")
         if isinstance(value, float):
@@ -219,55 +459,5 @@ class _LlamaFile:
                 raise self._error(f"the header field {key} is {value}, expected a finite number")
         return value
 
-    def _shape(self, stored: str) -> tuple[int, ...]:
-        """Of a tensor by its GGUF name, rows first (GGUF writes the fastest dimension first)."""
-        if stored not in self._tensors:
-            raise self._error(f"tensor {stored} is missing")
-        return tuple(int(n) for n in reversed(self._tensors[stored].shape))
-
     def _error(self, message: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {message}")
-
-
-def _open(path: Path) -> Any:
-    """A `gguf.GGUFReader` of a file that is as long as its header says."""
-    try:
-        from gguf import GGUFReader
-    except ImportError as e:
-        raise MissingDependencyError(
-            f"reading {path} needs the package gguf: pip install 'edgellm-cupy[models]' ({e})"
-        ) from e
-
-    class Reader(GGUFReader):
-        """Refuses to read past the end of the file.
-
-        The package's own reader returns what there is instead, and then believes a damaged length: it would walk an
-        array of 2**60 elements that are not there.
-        """
-
-        data: Any
-        _tensor = ""  # the one being read, for the message
-
-        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
-            self.data = np.asarray(self.data)  # still the mapped file, without the slow slicing of np.memmap
-            end = int(offset) + np.dtype(dtype).itemsize * int(count)
-            if end > self.data.size:
-                what = f"in tensor {self._tensor}" if self._tensor else "in the header"
-                raise ValueError(f"truncated or damaged {what}: {end} bytes are needed, {self.data.size} are there")
-            return super()._get(int(offset), dtype, count, override_order)
-
-        def _build_tensors(self, start_offs: int, fields: Any) -> None:
-            def noted() -> Iterator[Any]:
-                for field in fields:
-                    self._tensor = field.name
-                    yield field
-
-            super()._build_tensors(start_offs, noted())
-
-    try:
-        reader = Reader(path)
-    except Exception as e:  # a damaged header makes the package raise anything, from KeyError to RecursionError
-        raise CheckpointError(f"{path}: not a readable GGUF file: {str(e) or type(e).__name__}") from e
-    if reader.byte_order != "I":
-        raise CheckpointError(f"{path}: the file has the other byte order, which is not supported")
-    return reader
+        return self._file.error(message)
