@@ -13,6 +13,7 @@ import numpy as np
 
 from .errors import ArgumentTypeError, ArgumentValueError
 from .formats.ternary import TernaryWeight
+from .sampling import Sampling
 
 FLOAT16 = np.dtype(np.float16)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -81,6 +82,72 @@ def check_tokens(ids: np.ndarray, batch: int, length: int, max_len: int, vocab_s
     if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
         bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
         raise ArgumentValueError(f"token_ids holds {bad}, expected 0 <= token < vocabulary = {vocab_size}")
+
+
+def as_sequences(token_ids: Any, batch: int) -> list[np.ndarray]:
+    """Token ids in host memory, [N], [B, N] or B sequences of different lengths, as B integer arrays [N_b], N_b >= 1.
+
+    Vocabulary and room in the cache are not checked here: see :func:`check_tokens`.
+
+    Raises:
+        ArgumentTypeError, ArgumentValueError: no integers, another shape, or other than `batch` sequences.
+    """
+    try:
+        ids = np.atleast_2d(np.asarray(token_ids))
+    except ValueError:  # NumPy's word for rows of different lengths
+        rows = []
+        for i, row in enumerate(token_ids):
+            try:
+                rows.append(np.asarray(row))
+            except ValueError as e:
+                raise ArgumentValueError(f"token_ids[{i}]: expected [N], a flat list of integers") from e
+            if rows[i].ndim != 1 or rows[i].size < 1:
+                raise ArgumentValueError(f"token_ids[{i}].shape is {rows[i].shape}, expected [N], N >= 1") from None
+        if len(rows) != batch:
+            raise ArgumentValueError(f"token_ids holds {len(rows)} sequences, expected batch = {batch}") from None
+    else:
+        if ids.ndim != 2 or ids.shape[0] != batch or ids.shape[1] < 1:
+            raise ArgumentValueError(f"token_ids.shape is {ids.shape}, expected [{batch}, N] (batch {batch}), N >= 1")
+        rows = list(ids)
+    for row in rows:
+        if not np.issubdtype(row.dtype, np.integer):
+            raise ArgumentTypeError(f"token_ids: expected integers, got {row.dtype}")
+    return rows
+
+
+def check_option(name: str, value: Any, options: tuple[str, ...]) -> None:
+    """A word out of a few."""
+    if value not in options:
+        raise ArgumentValueError(f"{name} is {value!r}, expected one of {', '.join(dict.fromkeys(options))}")
+
+
+def check_sampling(sampling: Any) -> None:
+    """The `sampling` of a cache."""
+    if not isinstance(sampling, Sampling):
+        raise ArgumentTypeError(f"sampling: expected a Sampling, got {type(sampling).__name__}")
+
+
+def check_generation(
+    token_ids: Any, max_new_tokens: Any, stop_tokens: Any, vocab_size: int
+) -> tuple[bool, list[np.ndarray], frozenset[int]]:
+    """Arguments of `generate`: (whether it is a single prompt, the prompts, the stop tokens)."""
+    if not isinstance(max_new_tokens, (int, np.integer)) or isinstance(max_new_tokens, bool):
+        raise ArgumentTypeError(f"max_new_tokens: expected an integer, got {type(max_new_tokens).__name__}")
+    if max_new_tokens < 0:
+        raise ArgumentValueError(f"max_new_tokens is {max_new_tokens}, expected at least 0")
+    if not np.iterable(token_ids) or not (prompts := list(token_ids)):
+        raise ArgumentValueError("token_ids: expected at least one token, as [N], [B, N] or B sequences")
+    one = not np.iterable(prompts[0]) or isinstance(prompts[0], str)
+    rows = as_sequences(token_ids, 1 if one else len(prompts))
+    for row in rows:
+        check_tokens(row[None], 1, 0, row.size, vocab_size)
+    if not np.iterable(stop_tokens):
+        raise ArgumentTypeError(f"stop_tokens: expected several integers, got {type(stop_tokens).__name__}")
+    stop = frozenset(stop_tokens)
+    for token in stop:
+        if not isinstance(token, (int, np.integer)) or isinstance(token, bool):
+            raise ArgumentTypeError(f"stop_tokens: expected integers, got {type(token).__name__}")
+    return one, rows, stop
 
 
 # ---- one argument each ----------------------------------------------------------------------------------------------

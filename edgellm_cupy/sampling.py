@@ -22,8 +22,8 @@ class Sampling:
         top_p: only the smallest set of the most probable tokens whose probabilities reach it (nucleus sampling,
             Holtzman et al. 2020, arXiv:1904.09751); 1: all.
         min_p: only tokens at least this fraction as probable as the most probable one (arXiv:2407.01082); 0: all.
-        seed: of the random numbers, 0 to 2**64 - 1. They depend on seed, sequence, position and token alone, so the
-            same call gives the same tokens.
+        seed: of the random numbers, 0 to 2**64 - 1. They depend on seed, sequence and position alone, so the same call
+            gives the same tokens.
 
     Raises:
         ArgumentTypeError, ArgumentValueError: a value of another type or out of range.

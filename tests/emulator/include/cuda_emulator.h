@@ -104,6 +104,9 @@ inline unsigned __funnelshift_rc(unsigned low, unsigned high, unsigned shift) {
 
 // ---------------------------------------------------------------------------------------------- integers
 
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+  return (unsigned long long)((unsigned __int128)a * b >> 64);
+}
 inline int __mulhi(int a, int b) { return int((int64_t(a) * b) >> 32); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned((uint64_t(a) * b) >> 32); }
 inline int __mul24(int a, int b) { return int(int64_t(int(unsigned(a) << 8) >> 8) * (int(unsigned(b) << 8) >> 8)); }
