@@ -11,20 +11,25 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from enum import Enum
-from io import StringIO
+from io import StringIO, TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
 from . import formats, runtime
-from .errors import ArgumentValueError, EdgeLLMError, GpuUnavailableError
+from .errors import ArgumentValueError, CheckpointError, EdgeLLMError, GpuUnavailableError
 from .formats.checkpoint import Checkpoint
-from .formats.config import ModelConfig
+from .formats.config import PRESETS, ModelConfig
+from .formats.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from .sampling import Sampling
 from .version import __version__
 
 EXIT_USAGE, EXIT_NO_GPU, EXIT_WRONG_RESULT, EXIT_INTERRUPTED = 2, 3, 4, 130
@@ -44,7 +49,7 @@ app = typer.Typer(
 
 
 class Backend(str, Enum):
-    """Where the benchmark runs; `auto` takes the GPU where there is one."""
+    """Where a model runs; `auto` takes the GPU where there is one."""
 
     auto = "auto"
     cuda = "cuda"
@@ -88,6 +93,46 @@ class Dtype(str, Enum):
     float32 = "float32"
 
 
+class ModelActivation(str, Enum):
+    """How activations enter the products of a model."""
+
+    int8 = "int8"
+    float = "float"
+
+
+class ModelDtype(str, Enum):
+    """Dtype that a model computes in; `auto` leaves it to the model."""
+
+    auto = "auto"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+class HeadDtype(str, Enum):
+    """What embedding and head are stored as; `auto`: as they come."""
+
+    auto = "auto"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    int8 = "int8"
+    float32 = "float32"
+
+
+class CacheDtype(str, Enum):
+    """What keys and values are stored as; `auto`: in the model's dtype."""
+
+    auto = "auto"
+    int8 = "int8"
+
+
+class Format(str, Enum):
+    """What `convert` writes."""
+
+    compact = "compact"
+    huggingface = "huggingface"
+
+
 def main() -> None:
     """Entry point of the command."""
     try:
@@ -106,6 +151,8 @@ def _exit_codes() -> Iterator[None]:
         _fail(str(e), EXIT_NO_GPU)
     except EdgeLLMError as e:
         _fail(str(e), EXIT_USAGE)
+    except MemoryError as e:  # CuPy's is one, too
+        _fail(f"out of memory: {e}", EXIT_USAGE)
     except KeyboardInterrupt:
         _fail("interrupted", EXIT_INTERRUPTED)
 
@@ -132,8 +179,15 @@ def _writing_to(stream: TextIO) -> Iterator[None]:
 
 def _print(text: str) -> None:
     """Write the result to stdout."""
+    _put(f"{text}\n")
+
+
+def _put(text: str) -> bool:
+    """Write a piece of the result to stdout, to be seen at once. False: the reader has gone away."""
     with _writing_to(sys.stdout):
-        print(text, flush=True)
+        print(text, end="", flush=True)
+        return True
+    return False
 
 
 def _say(text: str) -> None:
@@ -157,7 +211,7 @@ def _options(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Ternary (BitNet 1.58-bit) LLM inference on NVIDIA GPUs: benchmark, checks and conversions."""
+    """Ternary (BitNet 1.58-bit) LLM inference on NVIDIA GPUs: generation, benchmark, checks, conversions."""
 
 
 @app.command()
@@ -180,6 +234,67 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="One JSON object i
     width = max(map(len, known))
     for key, figure in known.items():
         _print(f"{key:{width}}  {report.with_unit(figure)}")
+
+
+@app.command()
+@_exit_codes()
+def generate(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint; or a preset, with random weights.")],
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The text to continue.")] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A file with that text, less its last newline; -: stdin.")
+    ] = None,
+    ids: Annotated[str | None, typer.Option(metavar="1,2,3", help="Token ids in place of text.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="At most so many.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0: always the most probable token.")] = 0,
+    top_k: Annotated[int, typer.Option(help="Only the k most probable tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Only the most probable tokens that reach it together.")] = 1,
+    min_p: Annotated[float, typer.Option(help="Only tokens at least this fraction as probable as the first.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: what was said becomes less probable.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on behind tokens that end the text.")] = False,
+    backend: Annotated[Backend, typer.Option(help="auto: the GPU where there is one.")] = Backend.auto,
+    activation: Annotated[ModelActivation, typer.Option(help="int8: quantised per token.")] = ModelActivation.int8,
+    dtype: Annotated[ModelDtype, typer.Option(help="What the model computes in.")] = ModelDtype.auto,
+    head: Annotated[HeadDtype, typer.Option(help="What the output head is stored as.")] = HeadDtype.auto,
+    kv_dtype: Annotated[CacheDtype, typer.Option(help="What keys and values are stored as.")] = CacheDtype.auto,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="At most so many tokens, prompt and text.", show_default="no limit")
+    ] = None,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Tokens a second, on stderr; on a terminal they always come.")
+    ] = False,
+) -> None:
+    """Continue a text: prints it as it is made. Special tokens may be spelled out in the prompt."""
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    tokenizer = _tokenizer_of(path, needed=ids is None)
+    tokens = _prompt_tokens(tokenizer, prompt, prompt_file, ids)
+    if context is not None:
+        if len(tokens) >= context:
+            raise ArgumentValueError(f"--context is {context}, but the prompt alone has {len(tokens)} tokens")
+        max_new_tokens = min(max_new_tokens, context - len(tokens))
+    no_gpu, remedy = _why_no_gpu(backend)
+    if remedy:
+        _say(f"edgellm generate: {no_gpu}; {remedy}. Generating on the NumPy backend, slowly.")
+    model = _model_of(path, on_gpu=not no_gpu, activation=activation, dtype=dtype, head=head)
+    if (length := len(tokens) + max_new_tokens) > model.config.max_context:
+        _say(f"warning: up to {length} tokens, but the model was made for {model.config.max_context}")
+
+    stop_tokens = tokenizer.stop_tokens if tokenizer and not ignore_eos else ()
+    made = model.generate(
+        tokens, max_new_tokens, sampling=sampling, stop_tokens=stop_tokens, **_chosen(kv_dtype=kv_dtype)
+    )
+    pace = _Pace(len(tokens))
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows question marks
+    try:
+        for piece in tokenizer.stream(pace.of(made)) if tokenizer else _as_numbers(pace.of(made)):
+            if not _put(piece):
+                return
+    finally:
+        _put("\n")
+    if stats or sys.stderr.isatty():
+        _say(str(pace))
 
 
 @app.command()
@@ -288,15 +403,35 @@ def tune_command(
 @app.command()
 @_exit_codes()
 def convert(
-    source: Annotated[Path, typer.Argument(help="GGUF or compact safetensors.")],
-    target: Annotated[Path, typer.Argument(help="The compact safetensors file to write.")],
+    source: Annotated[Path, typer.Argument(help="A checkpoint, a file or a folder.")],
+    target: Annotated[Path, typer.Argument(help="The safetensors file, or the folder for --to huggingface.")],
+    to: Annotated[Format, typer.Option(help="compact: our own file, 2 bits a weight.")] = Format.compact,
+    head: Annotated[HeadDtype, typer.Option(help="What embedding and head are stored as.")] = HeadDtype.auto,
 ) -> None:
-    """Quantise a checkpoint to ternary and write it in the compact format."""
-    from .formats import compact
+    """Write a checkpoint, quantised to ternary where it is not, in another format, with its tokenizer beside it."""
+    _check_target(source, target, to)
+    checkpoint = _with_head(formats.load_checkpoint(source), head)
+    tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
+    files = tokenizer.files() if tokenizer else {}
+    if to is Format.compact:
+        from .formats import compact
 
-    checkpoint = formats.load_checkpoint(source)
-    compact.write(checkpoint, target)
-    _print(f"{target}: {checkpoint.config.name}, {target.stat().st_size / 1e6:.1f} MB")
+        _check_replaceable(target.parent, files)  # before the work, and before anything is written
+        compact.write(checkpoint, target)
+        _write_files(target.parent, files)
+        written = [target, *(target.parent / name for name in files)]
+    else:
+        from .formats import huggingface
+
+        with _whole_folder(target) as folder:
+            huggingface.write(checkpoint, folder)
+            _write_files(folder, files)
+        written = sorted(target.iterdir())
+    for path in written:
+        size = path.stat().st_size
+        _print(f"written: {path}, {f'{size / 1e6:.1f} MB' if size >= 1e5 else f'{size} bytes'}")
+    if not tokenizer:
+        _say(f"warning: {source} has no tokenizer: `edgellm generate` will need --ids")
 
 
 @app.command("report")
@@ -312,6 +447,156 @@ def report_command(
 
 
 # ---- their parts ----------------------------------------------------------------------------------------------------
+
+
+def _is_preset(path: str) -> bool:
+    return path in PRESETS and not Path(path).exists()
+
+
+def _tokenizer_of(path: str, needed: bool) -> Tokenizer | None:
+    """Of a checkpoint; None when there is none and it is not needed."""
+    if _is_preset(path):
+        if needed:
+            raise ArgumentValueError(f"{path} is a preset with random weights and no tokenizer: give --ids")
+        return None
+    return load_tokenizer(path) if needed or has_tokenizer(path) else None
+
+
+def _model_of(path: str, on_gpu: bool, **options: Enum) -> Any:
+    """Of a checkpoint or a preset; `options` go to its constructor."""
+    from .model import decoder as device
+    from .reference import decoder as host
+
+    with _status() as step:
+        step("reading or making the weights")
+        checkpoint = Checkpoint.random(PRESETS[path]) if _is_preset(path) else formats.load_checkpoint(path)
+        step("preparing the model")
+        kind: Any = (device if on_gpu else host).TernaryTransformer
+        return kind(checkpoint, **_chosen(**options))
+
+
+def _prompt_tokens(
+    tokenizer: Tokenizer | None, prompt: str | None, prompt_file: str | None, ids: str | None
+) -> list[int]:
+    """The one prompt that was given, as token ids."""
+    if sum(given is not None for given in (prompt, prompt_file, ids)) != 1:
+        raise ArgumentValueError("give one of --prompt, --prompt-file and --ids")
+    if ids is not None:
+        try:
+            return [int(token) for token in ids.split(",")]
+        except ValueError:
+            raise ArgumentValueError(f"--ids is {ids!r}, expected token ids such as 1,2,3") from None
+    assert tokenizer
+    tokens = tokenizer.encode(_text_of(prompt_file) if prompt_file is not None else str(prompt))
+    if not tokens:
+        raise ArgumentValueError("the prompt is empty, and this tokenizer puts no token in front of it")
+    return tokens
+
+
+def _text_of(file: str) -> str:
+    """UTF-8 text of a file, or of stdin for "-", without the newline that an editor or `echo` ends it with."""
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        return data.decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except OSError as e:
+        raise ArgumentValueError(f"--prompt-file: {file}: not a readable file: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise ArgumentValueError(f"--prompt-file: {file}: byte {e.start} is not UTF-8") from e
+
+
+def _chosen(**options: Enum) -> dict[str, str]:
+    """The options that are not left to the model."""
+    return {name: option.value for name, option in options.items() if option.value != "auto"}
+
+
+def _as_numbers(tokens: Iterable[int]) -> Iterator[str]:
+    """Token ids with spaces between them."""
+    for i, token in enumerate(tokens):
+        yield f" {token}" if i else str(token)
+
+
+@dataclass
+class _Pace:
+    """How fast tokens came. The first one ends the prefill, whose time includes the compilation of kernels."""
+
+    prompt: int
+    made: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+    def of(self, tokens: Iterable[int]) -> Iterator[int]:
+        """`tokens`, timed as they pass."""
+        start = time.perf_counter()
+        for token in tokens:
+            passed = time.perf_counter() - start
+            if not self.made:
+                self.prefill_s = passed
+            self.made, self.decode_s = self.made + 1, passed - self.prefill_s
+            yield token
+        if not self.made:
+            self.prefill_s = time.perf_counter() - start
+
+    def __str__(self) -> str:
+        def rate(tokens: int, seconds: float) -> str:
+            return f"{tokens} tokens in {seconds:.3f} s" + (f", {tokens / seconds:,.1f} tok/s" if seconds else "")
+
+        decoded = max(self.made - 1, 0)
+        return f"prefill: {rate(self.prompt, self.prefill_s)}; decode: {rate(decoded, self.decode_s)}"
+
+
+def _with_head(checkpoint: Checkpoint, head: HeadDtype) -> Checkpoint:
+    """The checkpoint with embedding and head stored as `head`."""
+    if head is HeadDtype.auto:
+        return checkpoint
+    return replace(
+        checkpoint,
+        read_embedding=lambda: checkpoint.embedding.astype(head.value),
+        read_head=lambda: checkpoint.head.astype(head.value),
+    )
+
+
+def _check_target(source: Path, target: Path, to: Format) -> None:
+    """What can be known to go wrong before a large file is read."""
+    if not target.parent.is_dir():
+        raise ArgumentValueError(f"{target}: the folder {target.parent} does not exist")
+    if target.exists() and source.exists() and target.samefile(source):
+        raise ArgumentValueError(f"{target}: this is the checkpoint that is to be converted")
+    if to is Format.compact and target.is_dir():
+        raise ArgumentValueError(f"{target}: a folder; name the file, such as {target / 'model.safetensors'}")
+    if to is Format.huggingface and target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ArgumentValueError(f"{target}: expected a folder that is new or empty")
+
+
+def _check_replaceable(folder: Path, files: dict[str, bytes]) -> None:
+    """Another model's tokenizer is not overwritten."""
+    for name, data in files.items():
+        path = folder / name
+        if path.exists() and not (path.is_file() and path.read_bytes() == data):
+            raise ArgumentValueError(f"{path}: belongs to another model; choose a folder of its own")
+
+
+def _write_files(folder: Path, files: dict[str, bytes]) -> None:
+    try:
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+    except OSError as e:
+        raise CheckpointError(f"{e.filename}: cannot be written: {e.strerror}") from e
+
+
+@contextmanager
+def _whole_folder(target: Path) -> Iterator[Path]:
+    """A new folder that becomes `target` when all is written, and disappears when something fails."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir()
+        yield partial
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    except OSError as e:
+        raise CheckpointError(f"{target}: cannot be written: {e.strerror}") from e
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _why_no_gpu(backend: Backend) -> tuple[str | None, str | None]:
