@@ -1,4 +1,4 @@
-// Ends a step: the greedy tokens go where the next step's embedding reads them, and the cache is `count` positions longer.
+// Ends a greedy step: the tokens go where the next step's embedding reads them, and each sequence is `count` positions longer.
 // One block.
 //
 // Macros: THREADS, KERNEL_NAME.
@@ -9,15 +9,20 @@
 #endif
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    KERNEL_NAME(unsigned long long* best,  // [B] keys of argmax.cu, cleared here
+    KERNEL_NAME(unsigned long long* best,  // [B] keys of lm_head.cu, cleared here; null: no head was computed
                 int* token,                // [B]
-                int* length,               // [1]
-                int B, int count) {
-  let_next_kernel_start();
+                unsigned char* seen,       // [B, V] 1: the token is in the context; the next one's is set
+                int* length,               // [B]
+                int B, int V, int count) {
   wait_for_previous_kernels();
+  let_next_kernel_start();
   for (int b = threadIdx.x; b < B; b += THREADS) {
-    token[b] = int(~unsigned(best[b]));
-    best[b] = 0ull;
+    if (best != nullptr) {
+      const int next = int(~unsigned(best[b]));
+      token[b] = next;
+      seen[(long long)b * V + next] = 1;
+      best[b] = 0ull;
+    }
+    length[b] += count;
   }
-  if (threadIdx.x == 0) length[0] += count;
 }

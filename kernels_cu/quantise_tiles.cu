@@ -233,8 +233,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 float* dequant,        // [N]: the value is about the tile's times dequant; NaN if not finite
                 int* q_sums,           // [N] sum of the quantised values; float: null
                 int K, float eps) {
-  let_next_kernel_start();
   wait_for_previous_kernels();
+  let_next_kernel_start();
   quantise_tiles<X_T, NORM, INT8, PLANES, THREADS>(x, GammaUnits<X_T>(gamma, gamma_is_float32, K), tiles, dequant,
                                                    q_sums, K, eps);
 }

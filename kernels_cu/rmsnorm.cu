@@ -35,7 +35,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL_NAME(const X_T* x, 
                                                                   void* y,               // [N, K]
                                                                   int y_dtype,  // 0 float16, 1 bfloat16, 2 float32
                                                                   int K, int N, float eps) {
-  let_next_kernel_start();
   wait_for_previous_kernels();
+  let_next_kernel_start();
   rmsnorm<X_T, THREADS>(x, Gamma<X_T>(gamma, gamma_is_float32, K), y, y_dtype, K, N, eps);
 }

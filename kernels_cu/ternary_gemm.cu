@@ -30,6 +30,7 @@
 // Macros: INT8, PLANES (of float16; 1 with INT8), ROW_TILES, COLUMN_TILES, WARP_ROWS, WARP_COLUMNS, THREADS, RESIDENT
 // blocks a multiprocessor that registers are left for, KERNEL_NAME.
 #include "elements.cuh"
+#include "ffn.cuh"
 #include "fragments.cuh"
 
 #if !defined(INT8) || !defined(PLANES) || !defined(ROW_TILES) || !defined(COLUMN_TILES) || !defined(WARP_ROWS) || \
@@ -261,7 +262,8 @@ __device__ __forceinline__ void put_sums(Value* exchange, const Value (&sums)[S:
 // y from the sums of all groups: a thread has four consecutive rows, of every (kThreads * 4 / kRows)-th token.
 template <typename S>
 __device__ __forceinline__ void finish(const typename S::Sum* exchange, const Scales<S>& scales, const void* residual,
-                                       int residual_dtype, void* y, int y_dtype, int M, int N, int row0, int n0) {
+                                       int residual_dtype, void* y, int y_dtype, int ffn, int M, int N, int row0,
+                                       int n0) {
   constexpr int kQuads = S::kRows / 4, kStride = S::kThreads / kQuads;
   constexpr int kBatch = S::kTokens > 4 * kStride ? 4 : 1;  // residuals in flight
   static_assert(S::kThreads % kQuads == 0, "a thread has the same rows all the time");
@@ -298,7 +300,17 @@ __device__ __forceinline__ void finish(const typename S::Sum* exchange, const Sc
           const float plus = residual != nullptr ? float_of_bits(added[b].bits[j], residual_dtype) : 0.f;
           v[j] = fmaf(value, scale.v[j], plus);
         }
-        store_four(y, (long long)(n0 + token) * M + row0 + row, v, count, y_dtype, vector);
+        const long long at = (long long)(n0 + token) * M + row0 + row;
+        if (ffn == kNoFfn) {
+          store_four(y, at, v, count, y_dtype, vector);
+        } else if (ffn & kGated) {  // M is even, and so is count
+          store_as(y, at / 2, ffn_activation(v[0], ffn) * v[1], y_dtype);
+          if (count > 2) store_as(y, at / 2 + 1, ffn_activation(v[2], ffn) * v[3], y_dtype);
+        } else {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) v[j] = ffn_activation(v[j], ffn);
+          store_four(y, at, v, count, y_dtype, vector);
+        }
       }
     }
   }
@@ -307,7 +319,7 @@ __device__ __forceinline__ void finish(const typename S::Sum* exchange, const Sc
 template <typename S>
 __device__ __forceinline__ void ternary_gemm(const uint4* tiles, const float* dequant, const int* q_sums,
                                              const uint4* w, const float* scale, int scale_stride, const void* residual,
-                                             int residual_dtype, void* y, int y_dtype, int M, int K, int N,
+                                             int residual_dtype, void* y, int y_dtype, int ffn, int M, int K, int N,
                                              int stages) {
   __shared__ __align__(16) Scales<S> scales;
   uint4* ring = dynamic_shared<uint4>();
@@ -327,8 +339,8 @@ __device__ __forceinline__ void ternary_gemm(const uint4* tiles, const float* de
   for (int r = threadIdx.x; r < S::kRows; r += S::kThreads) {
     scales.scale[r] = row0 + r < M ? scale[(long long)(row0 + r) * scale_stride] : 0.f;
   }
-  let_next_kernel_start();
   wait_for_previous_kernels();
+  let_next_kernel_start();
   for (int step = 0; step < stages - 1; ++step) {
     if (step < steps) copies.copy_tiles(part + step * S::kStagePieces, step * S::kSplits + group < B);
     commit_copies();
@@ -375,7 +387,7 @@ __device__ __forceinline__ void ternary_gemm(const uint4* tiles, const float* de
     put_sums<S>(exchange, sums);
   }
   __syncthreads();
-  finish<S>(exchange, scales, residual, residual_dtype, y, y_dtype, M, N, row0, n0);
+  finish<S>(exchange, scales, residual, residual_dtype, y, y_dtype, ffn, M, N, row0, n0);
 }
 
 // No __restrict__ for what earlier kernels write: its loads could be moved before the wait.
@@ -390,9 +402,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
                 int residual_dtype,               // 0 float16, 1 bfloat16, 2 float32
                 void* y,                          // [N, M]
                 int y_dtype,                      // as residual_dtype
+                int ffn,                          // ffn.cuh: 0, or the activation of an FFN
                 int M, int K, int N,              //
                 int stages) {                     // steps that shared memory holds: 2 to 4
   using Shape = GemmShape<INT8, PLANES, ROW_TILES, COLUMN_TILES, WARP_ROWS, WARP_COLUMNS, THREADS>;
-  ternary_gemm<Shape>(tiles, dequant, q_sums, w, scale, scale_stride, residual, residual_dtype, y, y_dtype, M, K, N,
+  ternary_gemm<Shape>(tiles, dequant, q_sums, w, scale, scale_stride, residual, residual_dtype, y, y_dtype, ffn, M, K, N,
                       stages);
 }

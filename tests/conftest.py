@@ -99,11 +99,14 @@ def _record(exercised: Exercised) -> Iterator[None]:
 
 
 EMULATED = (
+    "test_attention_decode.py",
+    "test_attention_prefill.py",
     "test_emulator.py",
     "test_gemm.py",
     "test_kernels.py",
     "test_kernel_properties.py",
     "test_kernel_mutants.py",
+    "test_sampling.py",
 )
 
 

@@ -107,7 +107,10 @@ def emulated_gpu(emulator: Emulator, facts: DeviceFacts = H200) -> Iterator[Emul
         asarray=np.array,
         int32=np.int32,
         float32=np.float32,
+        uint8=np.uint8,
+        uint32=np.uint32,
         uint64=np.uint64,
+        arange=np.arange,
         cuda=SimpleNamespace(get_current_stream=lambda: stream, runtime=SimpleNamespace(getDevice=lambda: 0)),
     )
 

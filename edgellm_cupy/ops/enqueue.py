@@ -20,6 +20,9 @@ from ..tuning.product import NORM_THREADS, ProductLaunch, norm_spec
 DTYPE_TAGS = {FLOAT16: 0, BFLOAT16: 1, FLOAT32: 2}
 """Run-time dtype tags of the kernels: elements.cuh."""
 
+FFN = {("silu", False): 1, ("relu2", False): 2, ("silu", True): 5, ("relu2", True): 6}
+"""(activation, gated) -> the products' `ffn` parameter: ffn.cuh. The squared ReLU is stored as 2**-8 of it."""
+
 _NAMES = {dtype: dtype.name for dtype in DTYPE_TAGS}  # dtype.name itself takes microseconds
 _MAX_NORM_BLOCKS = 65535
 
@@ -58,9 +61,11 @@ def product(
     residual: Any,
     choice: str | dispatch.Config,
     out: Any,
+    ffn: int = 0,
 ) -> None:
-    """out = scale * (t @ x) + residual, with RMSNorm in front where `gamma` is given.
+    """out = scale * (t @ x) + residual, with RMSNorm in front where `gamma` is given and the activation `ffn` behind it.
 
+    ffn: 0, or one of :data:`FFN`; a gated one halves the rows of `out`, and W has gate and up in turns.
     choice: a strategy, or a configuration of it (for tuning); "adaptive" takes what has been tuned, where that is.
     """
     m, k = W.shape
@@ -70,9 +75,9 @@ def product(
         choice = tuned.lookup(problem) or choice
     plan = dispatch.launch(problem, choice, current_facts())
     if isinstance(plan, ProductLaunch):
-        _streaming(plan, problem, x, gamma, W, eps, residual, out)
+        _streaming(plan, problem, x, gamma, W, eps, residual, out, ffn)
     else:
-        _separate(cp, plan, problem, x, gamma, W, eps, residual, out)
+        _separate(cp, plan, problem, x, gamma, W, eps, residual, out, ffn)
 
 
 def _aligned(x: Any, gamma: Any, k: int) -> bool:
@@ -91,6 +96,7 @@ def _streaming(
     eps: float,
     residual: Any,
     out: Any,
+    ffn: int,
 ) -> None:
     launch = plan.launch
     args: tuple[Any, ...] = (
@@ -101,6 +107,7 @@ def _streaming(
         residual,
         out,
         DTYPE_TAGS[out.dtype],
+        ffn,
         problem.m,
         problem.k,
         problem.n,
@@ -120,6 +127,7 @@ def _separate(
     eps: float,
     residual: Any,
     out: Any,
+    ffn: int,
 ) -> None:
     m, n, k = problem[:3]
     activation = problem.activation
@@ -132,7 +140,7 @@ def _separate(
     args = (
         *(tiles, dequant, q_sums),
         *(W.packed, W.scale, W.scale.size > 1),
-        *(residual, DTYPE_TAGS[x.dtype], out, DTYPE_TAGS[out.dtype]),
+        *(residual, DTYPE_TAGS[x.dtype], out, DTYPE_TAGS[out.dtype], ffn),
         *(m, k, n, plan.stages),
     )
     load(launch.spec)(launch.grid, launch.block, args, launch.shared_bytes)

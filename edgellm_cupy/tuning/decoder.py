@@ -5,77 +5,151 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..formats.config import ModelConfig
-from ..kernels.spec import KernelSpec
+from ..kernels.spec import KernelSpec, Launch
+from .attention import KV_TYPES, append_spec, prefill_specs
 from .device import DeviceFacts
 from .product import X_TYPES, norm_spec
 
 THREADS = 256
-ATTENTION_THREADS = 128
-_STATIC_SHARED_LIMIT = 48 * 1024
-EMBED = KernelSpec("embed.cu", (("THREADS", str(THREADS)),))
-LM_HEAD = KernelSpec("lm_head.cu", (("THREADS", str(THREADS)),))
-ARGMAX = KernelSpec("argmax.cu", (("THREADS", str(THREADS)),))
+_HEAD_THREADS = 256
+_HEAD_BYTES = {"int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
+_DEEPEST = 10  # vectors of the head in flight a lane
+_COMBINE_THREADS = 256
+_MERGED_BYTES = 40 * 1024  # static shared memory of attention.cu for its warps' results
+_DECODE_WARPS = 4
+KEYS_A_SPLIT = 64  # splits.cuh
 NEXT_TOKEN = KernelSpec("next_token.cu", (("THREADS", "32"),))
+SAMPLE_THREADS = 1024
+SAMPLE = KernelSpec("sample.cu", (("THREADS", str(SAMPLE_THREADS)),))
 
 
-def rope_spec(dtype: str) -> KernelSpec:
-    return KernelSpec("rope_append.cu", (("X_T", X_TYPES[dtype]), ("THREADS", str(THREADS))))
+# ---- embedding and head ---------------------------------------------------------------------------------------------
 
 
-def attention_spec(config: ModelConfig, dtype: str) -> KernelSpec:
+def embed_spec(rows: str) -> KernelSpec:
+    """rows: dtype of the embedding."""
+    return KernelSpec("embed.cu", (("W_T", KV_TYPES[rows]), ("THREADS", str(THREADS))))
+
+
+def head_launch(hidden: int, vocabulary: int, tokens: int, rows: str, x_dtype: str, device: DeviceFacts) -> Launch:
+    """lm_head.cu for so many tokens: a persistent grid of two blocks a multiprocessor, evened out over the rows."""
+    elements = 16 // _HEAD_BYTES[rows]  # of a vector
+    vectors = -(-hidden // elements)
+    lanes = 8 if vectors >= 8 else 2
+    turns = -(-vectors // lanes)
+    ahead = min(range(1, _DEEPEST + 1), key=lambda a: (-(-turns // a) * a - turns, -a))
+    pieces = turns * lanes * (elements // 4)
+    side_by_side = 4 if tokens > 1 and 4 * pieces * 16 <= device.block_shared_bytes - 1024 else 1
+    steps = -(-vocabulary // (_HEAD_THREADS // lanes))
+    columns = min(2 * device.multiprocessors, steps)
     macros = (
-        ("X_T", X_TYPES[dtype]),
-        ("HEAD_DIM", str(config.head_dim)),
-        ("GROUP", str(config.num_heads // config.num_kv_heads)),
-        ("THREADS", str(ATTENTION_THREADS)),
+        ("W_T", KV_TYPES[rows]),
+        ("X_T", X_TYPES[x_dtype]),
+        ("TOKENS", str(side_by_side)),
+        ("LANES", str(lanes)),
+        ("AHEAD", str(ahead)),
+        ("THREADS", str(_HEAD_THREADS)),
     )
-    return KernelSpec("attention.cu", macros)
+    return Launch(
+        KernelSpec("lm_head.cu", macros),
+        (-(-steps // -(-steps // columns)), -(-tokens // side_by_side), 1),
+        (_HEAD_THREADS, 1, 1),
+        side_by_side * pieces * 16,
+    )
 
 
-def unsupported(config: ModelConfig) -> str | None:
-    """Why the decoder's kernels cannot serve this configuration; None when they can."""
-    if config.head_dim % 4:
-        return f"head_dim is {config.head_dim}, expected a multiple of 4 on the GPU"
-    group = config.num_heads // config.num_kv_heads
-    # attention.cu keeps, for each query head of a group, the query, a tile of weights and three scalars.
-    needed = group * (config.head_dim + ATTENTION_THREADS + 3) * 4
-    if group > ATTENTION_THREADS or needed > _STATIC_SHARED_LIMIT:
-        return (
-            f"num_heads / num_kv_heads is {group} with head_dim {config.head_dim}: attention would take {needed} bytes "
-            f"of static shared memory, expected at most {_STATIC_SHARED_LIMIT}"
-        )
+# ---- attention of single tokens -------------------------------------------------------------------------------------
+
+
+def decode_unsupported(x_dtype: str, device: DeviceFacts) -> str | None:
+    """Why attention_decode.cu cannot serve new tokens (attention.cu serves all); None when it can."""
+    if x_dtype == "float32":
+        return "tensor cores have no float32"
+    if x_dtype == "bfloat16" and device.arch < 80:
+        return "tensor cores have bfloat16 from sm_80 on"
     return None
 
 
-def combine_spec(config: ModelConfig, dtype: str) -> KernelSpec:
-    return KernelSpec("attention_combine.cu", (("X_T", X_TYPES[dtype]), ("HEAD_DIM", str(config.head_dim))))
-
-
-def silu_spec(config: ModelConfig, dtype: str) -> KernelSpec:
-    return KernelSpec(
-        "silu.cu", (("X_T", X_TYPES[dtype]), ("GATED", str(int(config.gated))), ("THREADS", str(THREADS)))
+def decode_launch(config: ModelConfig, x_dtype: str, kv_dtype: str, tokens: int, splits: int) -> Launch:
+    """attention_decode.cu: four warps of 16 keys are a share's 64."""
+    parts, heads = _parts(config, 8)
+    macros = (
+        ("X_T", X_TYPES[x_dtype]),
+        ("KV_T", KV_TYPES[kv_dtype]),
+        ("HEAD_DIM", str(config.head_dim)),
+        ("HEADS", str(heads)),
+        ("WARPS", str(_DECODE_WARPS)),
     )
+    return Launch(
+        KernelSpec("attention_decode.cu", macros),
+        (splits, config.num_kv_heads * parts, tokens),
+        (32 * _DECODE_WARPS, 1, 1),
+    )
+
+
+def attention_launch(
+    config: ModelConfig, x_dtype: str, kv_dtype: str, rotate: bool, tokens: int, splits: int
+) -> Launch:
+    """attention.cu: as many warps as make a tile of 64 keys with four a lane in flight, up to eight."""
+    elements = {"float32": 4}.get(kv_dtype, 8)
+    vectors = -(-config.head_dim // elements)
+    lanes = min(32, 1 << (vectors - 1).bit_length())
+    warps = min(8, max(2, 16 * lanes // 32))
+    row = -(-vectors // lanes) * lanes * elements
+    parts, heads = _parts(config, max(1, min(8, _MERGED_BYTES // (warps * row * 4))))
+    macros = (
+        ("X_T", X_TYPES[x_dtype]),
+        ("KV_T", KV_TYPES[kv_dtype]),
+        ("HEAD_DIM", str(config.head_dim)),
+        ("HEADS", str(heads)),
+        ("WARPS", str(warps)),
+        ("ROTATE", str(int(rotate))),
+    )
+    return Launch(
+        KernelSpec("attention.cu", macros), (splits, config.num_kv_heads * parts, tokens), (32 * warps, 1, 1)
+    )
+
+
+def _parts(config: ModelConfig, largest: int) -> tuple[int, int]:
+    """Blocks that share a key/value head's queries, and the queries of each, as even as can be."""
+    group = config.num_heads // config.num_kv_heads
+    parts = -(-group // largest)
+    return parts, -(-group // parts)
 
 
 def attention_splits(config: ModelConfig, tokens: int, max_len: int, device: DeviceFacts) -> int:
     """Blocks over which one token's context is divided: enough to fill the GPU twice, never fewer than 64 keys each."""
     fill = -(-2 * device.multiprocessors // (config.num_kv_heads * tokens))
-    return max(1, min(fill, -(-max_len // 64)))
+    return max(1, min(fill, -(-max_len // KEYS_A_SPLIT)))
 
 
-def head_grid(config: ModelConfig, tokens: int, device: DeviceFacts) -> tuple[int, int, int]:
-    """Blocks of lm_head.cu: a persistent grid of full occupancy, evened out over the rows."""
-    steps = -(-config.vocab_size // (THREADS // 4))
-    columns = max(device.multiprocessors * (device.threads // THREADS) // tokens, 1)
-    return (-(-steps // -(-steps // columns)), tokens, 1)
+def combine_launch(config: ModelConfig, x_dtype: str, tokens: int) -> Launch:
+    """attention_combine.cu."""
+    macros = (("X_T", X_TYPES[x_dtype]), ("HEAD_DIM", str(config.head_dim)), ("THREADS", str(_COMBINE_THREADS)))
+    return Launch(
+        KernelSpec("attention_combine.cu", macros), (config.num_heads, tokens, 1), (_COMBINE_THREADS, 1, 1)
+    )
 
 
-def decoder_specs(config: ModelConfig) -> Iterator[KernelSpec]:
-    """Every specialisation that a decoder of this configuration uses beside the products."""
-    yield from (EMBED, LM_HEAD, ARGMAX, NEXT_TOKEN)
+# ---- everything -----------------------------------------------------------------------------------------------------
+
+
+def decoder_specs(config: ModelConfig, device: DeviceFacts) -> Iterator[KernelSpec]:
+    """The specialisations that decoders of this configuration use beside the products, for the usual choices: a head in
+    the model's dtype or int8, a KV cache in the model's dtype or int8."""
+    yield from (NEXT_TOKEN, SAMPLE)
     for dtype in ("float16", "bfloat16", "float32"):
         yield norm_spec(dtype)
-        yield rope_spec(dtype)
-        yield attention_spec(config, dtype)
-        yield combine_spec(config, dtype)
-        yield silu_spec(config, dtype)
+        yield combine_launch(config, dtype, 1).spec
+        for rows in (dtype, "int8"):
+            yield embed_spec(rows)
+            for tokens in (1, 4):
+                yield head_launch(config.hidden_size, config.vocab_size, tokens, rows, dtype, device).spec
+            yield append_spec(dtype, rows)
+            if dtype == "float32":
+                yield attention_launch(config, dtype, rows, True, 1, 1).spec
+            else:
+                yield decode_launch(config, dtype, rows, 1, 1).spec
+        if dtype == "float32":  # the others' prompts go through tensor cores
+            yield attention_launch(config, dtype, dtype, False, 1, 1).spec
+    yield from prefill_specs(config.head_dim)

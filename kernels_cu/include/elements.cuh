@@ -15,6 +15,9 @@ __device__ __forceinline__ float infinity() {
 __device__ __forceinline__ float to_float(float v) {
   return v;
 }
+__device__ __forceinline__ float to_float(signed char v) {
+  return float(v);
+}
 __device__ __forceinline__ float to_float(__half v) {
   return __half2float(v);
 }
@@ -30,6 +33,23 @@ __device__ __forceinline__ void from_float(float v, __half* p) {
 }
 __device__ __forceinline__ void from_float(float v, __nv_bfloat16* p) {
   *p = __float2bfloat16_rn(v);
+}
+
+// v as it comes back from memory in T.
+template <typename T>
+__device__ __forceinline__ float rounded(float v) {
+  T stored;
+  from_float(v, &stored);
+  return to_float(stored);
+}
+
+// Four signed bytes, lowest first: a byte becomes a float by putting (value + 128) under the exponent of 2^23.
+__device__ __forceinline__ float4 bytes_to_floats(unsigned bytes) {
+  const unsigned shifted = bytes ^ 0x80808080u;
+  return make_float4(__int_as_float(int(__byte_perm(shifted, 0x4b000000u, 0x7650u))) - 8388736.f,
+                     __int_as_float(int(__byte_perm(shifted, 0x4b000000u, 0x7651u))) - 8388736.f,
+                     __int_as_float(int(__byte_perm(shifted, 0x4b000000u, 0x7652u))) - 8388736.f,
+                     __int_as_float(int(__byte_perm(shifted, 0x4b000000u, 0x7653u))) - 8388736.f);
 }
 
 // Element i of an array with a run-time dtype.

@@ -64,8 +64,10 @@ __device__ __forceinline__ void barrier(int id, int threads) {
 
 // Programmatic dependent launch (sm_90 and newer; without it, or without the launch attribute, both do nothing).
 // A kernel may start while its predecessor in the stream still runs. Until `wait_for_previous_kernels` it may only touch
-// what no kernel writes: packed weights and their scales. All writes of all earlier kernels are visible behind it, and
-// every kernel that is launched so calls it in every block, so that "the previous one has ended" means that all before it have.
+// what neither that predecessor nor a kernel beside it writes: packed weights and their scales, or what is older. All writes of
+// all earlier kernels are visible behind the wait. Every kernel that is launched so lets the next one start behind its own
+// wait, never before it: so when a kernel starts, all kernels but its predecessor have ended. (One ahead is enough; more of them
+// crowd the multiprocessors. Blocks without work may leave at once, as long as one of the kernel waits.)
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-griddepcontrol
 __device__ __forceinline__ void wait_for_previous_kernels() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -129,6 +131,45 @@ __device__ __forceinline__ void mma_f16(float (&sums)[4], const unsigned (&a)[4]
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
         : "r"(a[2 * i]), "r"(a[2 * i + 1]), "r"(i ? b1 : b0));
   }
+#endif
+}
+
+// The same with bfloat16; sm_80 and newer (dispatch keeps it from others).
+__device__ __forceinline__ void mma_bf16(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+#ifndef __CUDA_ARCH__
+  emu::mma_m16n8k16_bf16(sums, a, {b0, b1}, sums);
+#elif __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+  __trap();
+#endif
+}
+
+// Four matrices of 8 x 8 16-bit elements from shared memory: lane 8 j + r points at row r (16 bytes) of matrix j. Lane
+// 4 g + q receives in matrices[j] the elements 2 q and 2 q + 1 of row g, or transposed: of column g. The lanes read what
+// others wrote: volatile and a clobber keep the loads behind the barrier.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#warp-level-matrix-instructions-ldmatrix
+__device__ __forceinline__ void load_matrices(unsigned (&matrices)[4], const void* row) {
+#ifdef __CUDA_ARCH__
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"((unsigned)__cvta_generic_to_shared(row))
+               : "memory");
+#else
+  emu::ldmatrix<4>(matrices, row);
+#endif
+}
+__device__ __forceinline__ void load_matrices_transposed(unsigned (&matrices)[4], const void* row) {
+#ifdef __CUDA_ARCH__
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"((unsigned)__cvta_generic_to_shared(row))
+               : "memory");
+#else
+  emu::ldmatrix<4, true>(matrices, row);
 #endif
 }
 

@@ -1,5 +1,6 @@
 // The body of the streaming ternary product, with or without RMSNorm in front, for a few tokens:
-// y[n, m] = scale[m] * sum_k t[m, k] a[n, k] (+ residual), where a is the (normalised, for int8 quantised) activation.
+// y[n, m] = scale[m] * sum_k t[m, k] a[n, k] (+ residual), where a is the (normalised, for int8 quantised) activation; with
+// the activation of an FFN on top where asked for (ffn.cuh).
 // The packed layout is defined in edgellm_cupy/formats/packing.py, the tensor cores' operands in fragments.cuh.
 //
 // Partition of work
@@ -58,6 +59,7 @@
 // Where the rest goes (2560 x 6912, 3.9, floor 2.4): 0.5 from the end of one kernel to the wait's return in the next, 1.3 for
 // x and the norm (every block reads all of x and gamma: 28 KB from L2), 0.4 quantisation, 1.1 products, 0.3 the end.
 #pragma once
+#include "ffn.cuh"
 #include "fragments.cuh"
 #include "token_scale.cuh"
 
@@ -269,7 +271,7 @@ template <typename S>
 __device__ __forceinline__ void finish(const Sums<S>& sums, int* partial, const Results<S>& results,
                                        const Tail<S>& tail, const int (&q_sum)[S::kResults],
                                        const float (&dequant)[S::kResults], bool has_residual, void* y, int y_dtype,
-                                       int tile, int n0, int M) {
+                                       int ffn, int tile, int n0, int M) {
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4, block = g % S::kSpread;
   const int share = threadIdx.x / 32 % S::kSplit * S::kSpread + block;
   int* own = partial + share * (S::kStaged * S::kRows) + g / S::kSpread;
@@ -310,10 +312,19 @@ __device__ __forceinline__ void finish(const Sums<S>& sums, int* partial, const 
       for (int d = 1; d < S::kPlaces; d *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
     }
     const int row = first_row<S>(tile) + results.row[r];
-    if (results.exists[r] && results.place() == 0 && row < M) {
-      const float added = has_residual ? to_float(tail.residual[r]) : 0.f;
-      store_as(y, (long long)(n0 + results.token[r]) * M + row, fmaf(sum * dequant[r], tail.scale[r], added), y_dtype);
+    bool stores = results.exists[r] && results.place() == 0 && row < M;
+    float value = fmaf(sum * dequant[r], tail.scale[r], stores && has_residual ? to_float(tail.residual[r]) : 0.f);
+    long long at = (long long)(n0 + results.token[r]) * M + row;
+    if (ffn != kNoFfn) {
+      const float up = __shfl_xor_sync(0xffffffffu, value, S::kPlaces);  // of the next row, for an even one
+      value = ffn_activation(value, ffn);
+      if (ffn & kGated) {
+        value *= up;
+        stores = stores && row % 2 == 0;
+        at /= 2;  // M is even
+      }
     }
+    if (stores) store_as(y, at, value, y_dtype);
   }
 }
 
@@ -321,7 +332,8 @@ __device__ __forceinline__ void finish(const Sums<S>& sums, int* partial, const 
 template <typename S>
 __device__ __forceinline__ void ternary_product(const typename S::X* x, const void* gamma, const uint4* w,
                                                 const float* scale, int scale_stride, const typename S::X* residual,
-                                                void* y, int y_dtype, int M, int K, int N, float eps, int slice_steps) {
+                                                void* y, int y_dtype, int ffn, int M, int K, int N, float eps,
+                                                int slice_steps) {
   using Mine = typename S::Threads;
   uint4* staged = dynamic_shared<uint4>();
   __shared__ __align__(16) int q_sums[S::kStaged][Mine::kWarps];
@@ -346,7 +358,7 @@ __device__ __forceinline__ void ternary_product(const typename S::X* x, const vo
     load_scales<S>(tail, results, scale, scale_stride, tile, M);
     const TokenLength length(K);
     wait_for_previous_kernels();
-    let_next_kernel_start();  // one ahead is enough; more of them crowd this one's multiprocessors
+    let_next_kernel_start();
 
     const bool aligned = S::kAligned || rows_aligned(x, K);
     const Gamma<typename S::X> norm(gamma, S::kGammaF32, K, S::kAligned);
@@ -406,7 +418,7 @@ __device__ __forceinline__ void ternary_product(const typename S::X* x, const vo
       }
       if (last_step) {
         finish<S>(sums, partial + odd_tile * kPartial, results, tail, q_sum, dequant, residual != nullptr, y, y_dtype,
-                  tile, n0, M);
+                  ffn, tile, n0, M);
         odd_tile = !odd_tile;
       }
       if (!more) break;

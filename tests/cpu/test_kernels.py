@@ -37,7 +37,7 @@ TINY_MODEL = ec.ModelConfig(
 @pytest.fixture(scope="module")
 def emulator() -> Emulator:
     emulator = new_emulator()
-    emulator.build(list(decoder_specs(TINY_MODEL)))
+    emulator.build(list(decoder_specs(TINY_MODEL, H200)))
     return emulator
 
 
