@@ -60,6 +60,8 @@ class EmulatedGpu:
     def load(self, spec: KernelSpec) -> Callable[..., None]:
         def launch(grid: Any, block: Any, args: tuple[Any, ...], shared_bytes: int = 0) -> None:
             assert shared_bytes <= self.facts.block_shared_bytes, f"{spec.name}: {shared_bytes} bytes of shared memory"
+            if spec not in self.launched:
+                self.emulator.build([spec])  # where that was not done in advance, many at once
             self.launched.add(spec)
             # As the launcher does it: a Python float is a float32 parameter.
             values = [np.float32(a) if isinstance(a, float) else int(a) if isinstance(a, bool) else a for a in args]
@@ -85,6 +87,19 @@ class EmulatedGpu:
                 node()
 
         return SimpleNamespace(launch=replay)
+
+
+class HostReader:
+    """In place of the decoder's reader of tokens: here memory is the host's, and nothing runs beside it."""
+
+    def __init__(self, cp: Any, token: np.ndarray):
+        self._token, self._copy = token, token
+
+    def start(self) -> None:
+        self._copy = self._token.copy()
+
+    def finish(self) -> np.ndarray:
+        return self._copy
 
 
 def new_emulator() -> Emulator:
@@ -119,6 +134,7 @@ def emulated_gpu(emulator: Emulator, facts: DeviceFacts = H200) -> Iterator[Emul
         mock.patch.object(decoder, "require_gpu", return_value=cupy),
         mock.patch.object(decoder, "capture", gpu.capture),
         mock.patch.object(decoder, "load", gpu.load),
+        mock.patch.object(decoder, "_TokenReader", HostReader),
         mock.patch.object(enqueue, "load", gpu.load),
         mock.patch.object(enqueue, "current_facts", return_value=facts),
         mock.patch.object(enqueue.tuned, "lookup", return_value=None),  # not what is in the user's cache
