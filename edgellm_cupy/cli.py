@@ -413,6 +413,10 @@ def convert(
     checkpoint = _with_head(formats.load_checkpoint(source), head)
     tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
     files = tokenizer.files() if tokenizer else {}
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise CheckpointError(f"{target}: cannot be written: {e.strerror}: {e.filename}") from e
     if to is Format.compact:
         from .formats import compact
 
@@ -557,8 +561,6 @@ def _with_head(checkpoint: Checkpoint, head: HeadDtype) -> Checkpoint:
 
 def _check_target(source: Path, target: Path, to: Format) -> None:
     """What can be known to go wrong before a large file is read."""
-    if not target.parent.is_dir():
-        raise ArgumentValueError(f"{target}: the folder {target.parent} does not exist")
     if target.exists() and source.exists() and target.samefile(source):
         raise ArgumentValueError(f"{target}: this is the checkpoint that is to be converted")
     if to is Format.compact and target.is_dir():
