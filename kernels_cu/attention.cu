@@ -22,8 +22,8 @@
 // KERNEL_NAME.
 #include "attention.cuh"
 
-#if !defined(X_T) || !defined(KV_T) || !defined(HEAD_DIM) || !defined(HEADS) || !defined(WARPS) || \
-    !defined(ROTATE) || !defined(KERNEL_NAME)
+#if !defined(X_T) || !defined(KV_T) || !defined(HEAD_DIM) || !defined(HEADS) || !defined(WARPS) || !defined(ROTATE) || \
+    !defined(KERNEL_NAME)
 #error "attention.cu needs X_T, KV_T, HEAD_DIM, HEADS, WARPS, ROTATE and KERNEL_NAME"
 #endif
 
@@ -125,8 +125,7 @@ __device__ __forceinline__ void attend(const typename S::X* qkv, int q_pitch, ty
   const int position = length[share.b] + share.n % tokens, context = position + 1;
   const int splits = active_splits(context, gridDim.x);
   if (share.split >= splits) return;
-  const int begin = (long long)context * share.split / splits,
-            end = (long long)context * (share.split + 1) / splits;
+  const int begin = (long long)context * share.split / splits, end = (long long)context * (share.split + 1) / splits;
   const bool last = S::kRotate && share.split == splits - 1;
   const int old_end = last ? position : end;
   const long long row0 = ((long long)share.b * kv_heads + share.kv) * max_len;
@@ -178,14 +177,13 @@ __device__ __forceinline__ void attend(const typename S::X* qkv, int q_pitch, ty
     }
 
   Softmax<S> softmax;
-  auto add = [&](const float(&score)[S::kHeads], const float(&v)[S::kOwn], float value_scale) {
+  auto add = [&](const float (&score)[S::kHeads], const float (&v)[S::kOwn], float value_scale) {
 #pragma unroll
     for (int g = 0; g < S::kHeads; ++g) {
       const float weight = exp2f(score[g] - softmax.top[g]);
       softmax.sum[g] += weight;
 #pragma unroll
-      for (int i = 0; i < S::kOwn; ++i)
-        softmax.output[g][i] = fmaf(weight * value_scale, v[i], softmax.output[g][i]);
+      for (int i = 0; i < S::kOwn; ++i) softmax.output[g][i] = fmaf(weight * value_scale, v[i], softmax.output[g][i]);
     }
   };
 
@@ -248,10 +246,10 @@ __device__ __forceinline__ void attend(const typename S::X* qkv, int q_pitch, ty
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, WARPS > 4 ? 1 : 2)
-    KERNEL_NAME(const X_T* qkv,       // [B * S, q_pitch]: queries [heads, HEAD_DIM]; with ROTATE keys and values behind them
-                int q_pitch,          //
-                KV_T* keys,           // [B, kv_heads, max_len, pitch], this layer's
-                KV_T* values,         // the same
+    KERNEL_NAME(const X_T* qkv,  // [B * S, q_pitch]: queries [heads, HEAD_DIM]; with ROTATE keys and values behind them
+                int q_pitch,     //
+                KV_T* keys,      // [B, kv_heads, max_len, pitch], this layer's
+                KV_T* values,    // the same
                 float* key_scales,    // [B, kv_heads, max_len] of int8 keys, else null
                 float* value_scales,  // the same
                 const float2* turns,  // [max_len, HEAD_DIM / 2]: cosine and sine

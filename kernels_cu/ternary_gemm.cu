@@ -406,6 +406,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
                 int M, int K, int N,              //
                 int stages) {                     // steps that shared memory holds: 2 to 4
   using Shape = GemmShape<INT8, PLANES, ROW_TILES, COLUMN_TILES, WARP_ROWS, WARP_COLUMNS, THREADS>;
-  ternary_gemm<Shape>(tiles, dequant, q_sums, w, scale, scale_stride, residual, residual_dtype, y, y_dtype, ffn, M, K, N,
-                      stages);
+  ternary_gemm<Shape>(tiles, dequant, q_sums, w, scale, scale_stride, residual, residual_dtype, y, y_dtype, ffn, M, K,
+                      N, stages);
 }

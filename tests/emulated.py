@@ -58,16 +58,17 @@ class EmulatedGpu:
         self._recording: list[Callable[[], None]] | None = None
 
     def load(self, spec: KernelSpec) -> Callable[..., None]:
-        def launch(grid: Any, block: Any, args: tuple[Any, ...], shared_bytes: int = 0) -> None:
+        def launch(grid: Any, block: Any, args: tuple[Any, ...], shared_bytes: int = 0, cluster: int = 1) -> None:
             assert shared_bytes <= self.facts.block_shared_bytes, f"{spec.name}: {shared_bytes} bytes of shared memory"
             if spec not in self.launched:
                 self.emulator.build([spec])  # where that was not done in advance, many at once
+            assert cluster == 1 or self.facts.arch >= 90, f"{spec.name}: no clusters on sm_{self.facts.arch}"
             self.launched.add(spec)
             # As the launcher does it: a Python float is a float32 parameter.
             values = [np.float32(a) if isinstance(a, float) else int(a) if isinstance(a, bool) else a for a in args]
 
             def run() -> None:
-                self.emulator.launch(spec.name, grid, block, values, shared=shared_bytes)
+                self.emulator.launch(spec.name, grid, block, values, shared=shared_bytes, cluster=cluster)
 
             if self._recording is None:
                 run()

@@ -194,7 +194,8 @@ class Checkpoint:
             return TernaryWeight.from_int8(t, float(np.sqrt(1.5 / shape[1])))
 
         def norm(rng: np.random.Generator, k: int) -> np.ndarray:
-            return rng.uniform(0.5, 1.5, k).astype(np.float32)
+            # As trained ones are: numbers of bfloat16.
+            return rng.uniform(0.5, 1.5, k).astype(ROW_DTYPES["bfloat16"]).astype(np.float32)
 
         def layer(i: int) -> LayerWeights:
             rng = np.random.default_rng((seed, i))

@@ -1,8 +1,9 @@
 """cuLaunchKernelEx: the one driver call that CuPy does not wrap.
 
-CuPy's own launch has no launch attributes, and of those we need one: programmatic dependent launch (compute capability
-9.0 and newer), with which a kernel starts while its predecessor still runs, loads its weights, and waits for it inside
-(kernels_cu/include/ptx.cuh). Inside a capture the same call records a programmatic edge of the graph.
+CuPy's own launch has no launch attributes, and of those we need two, both of compute capability 9.0 and newer. With
+programmatic dependent launch a kernel starts while its predecessor still runs, loads its weights, and waits for it
+inside (kernels_cu/include/ptx.cuh); inside a capture the same call records a programmatic edge of the graph. A cluster
+dimension puts neighbouring blocks where they reach each other's shared memory (kernels_cu/include/cluster.cuh).
 https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__EXEC.html
 """
 
@@ -20,12 +21,17 @@ from typing import Any
 Shape = tuple[tuple[int, ...], tuple[int, ...], int]  # grid, block, dynamic shared memory in bytes
 
 _PARAMETER_BUFFER, _PARAMETER_BYTES, _END = 1, 2, 0  # CU_LAUNCH_PARAM_*
-_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_*
+_CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6  # CU_LAUNCH_ATTRIBUTE_*
 _INVALID_CONTEXT = 201
 
 
 class _Attribute(ctypes.Structure):  # CUlaunchAttribute
-    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
+    _fields_ = [
+        ("id", ctypes.c_int),
+        ("pad", ctypes.c_char * 4),
+        ("value", ctypes.c_uint * 3),  # a flag, or blocks of a cluster along x, y and z
+        ("rest", ctypes.c_char * 52),
+    ]
 
 
 class _Configuration(ctypes.Structure):  # CUlaunchConfig
@@ -39,7 +45,16 @@ class _Configuration(ctypes.Structure):  # CUlaunchConfig
     ]
 
 
-_OVERLAP = (_Attribute * 1)(_Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, b"", 1))
+def _configuration(shape: Shape, cluster: int, may_overlap: bool) -> _Configuration:
+    attributes = []
+    if cluster > 1:
+        attributes.append(_Attribute(_CLUSTER_DIMENSION, b"", (cluster, 1, 1)))
+    if may_overlap:
+        attributes.append(_Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, b"", (1, 0, 0)))
+    count = len(attributes)
+    return _Configuration(*shape, None, (_Attribute * count)(*attributes), count)
+
+
 _overlap = os.environ.get("EDGELLM_OVERLAP") != "0"
 
 
@@ -72,38 +87,39 @@ class Launcher:
     def __init__(self, function: int, parameters: str, may_overlap: bool):
         self._function, self._may_overlap = ctypes.c_void_p(function), may_overlap
         self._pack = struct.Struct(parameters)
+        self._launch = _driver()
         self._lock = threading.Lock()  # the buffers are filled, then read by the driver, without the GIL
         self._buffer = ctypes.create_string_buffer(self._pack.size)
         self._size = ctypes.c_size_t(self._pack.size)
         self._extra = (ctypes.c_void_p * 5)(
             _PARAMETER_BUFFER, ctypes.addressof(self._buffer), _PARAMETER_BYTES, ctypes.addressof(self._size), _END
         )
-        self._configurations: dict[Shape, _Configuration] = {}
+        # Without overlap and with it; by shape, and by cluster where there is one.
+        self._configurations: tuple[dict[tuple[Any, ...], _Configuration], ...] = ({}, {})
         self.launches: dict[Shape, int] = {}
 
-    def __call__(self, stream: int, shape: Shape, args: tuple[Any, ...]) -> None:
-        """Enqueue on `stream`. args: CuPy arrays, None, numbers. `launches` counts.
+    def __call__(self, stream: int, shape: Shape, args: tuple[Any, ...], cluster: int = 1) -> None:
+        """Enqueue on `stream`. args: CuPy arrays, None, numbers; cluster: blocks of one, along x. `launches` counts.
 
         Raises:
             struct.error: the arguments are not what the kernel declares.
             CUDADriverError: the driver refused the launch.
         """
         values = [a if a.__class__ in _PLAIN else _value(a) for a in args]
-        configuration = self._configurations.get(shape)
+        key: tuple[Any, ...] = shape if cluster == 1 else (*shape, cluster)
+        may_overlap = self._may_overlap and _overlap
+        configuration = self._configurations[may_overlap].get(key)
         if configuration is None:
-            configuration = self._configurations[shape] = _Configuration(
-                shape[0], shape[1], shape[2], None, ctypes.cast(_OVERLAP, ctypes.POINTER(_Attribute))
-            )
+            configuration = self._configurations[may_overlap][key] = _configuration(shape, cluster, may_overlap)
         with self._lock:
             self._pack.pack_into(self._buffer, 0, *values)
             configuration.stream = stream
-            configuration.attribute_count = self._may_overlap and _overlap
-            status = _driver()(ctypes.byref(configuration), self._function, None, self._extra)
+            status = self._launch(ctypes.byref(configuration), self._function, None, self._extra)
             if status == _INVALID_CONTEXT:  # a new thread: the runtime's context is not yet the driver's current one
                 import cupy
 
                 cupy.cuda.Device().use()
-                status = _driver()(ctypes.byref(configuration), self._function, None, self._extra)
+                status = self._launch(ctypes.byref(configuration), self._function, None, self._extra)
         if status:
             from cupy_backends.cuda.api.driver import CUDADriverError
 

@@ -43,13 +43,18 @@ class Kernel:
         self._shared_limit = _UNASKED_SHARED - self._attributes["shared_size_bytes"]
 
     def __call__(
-        self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], shared_bytes: int = 0
+        self,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        args: tuple[Any, ...],
+        shared_bytes: int = 0,
+        cluster: int = 1,
     ) -> None:
-        """args: CuPy arrays or None for pointers, Python or NumPy numbers for the rest."""
+        """args: CuPy arrays or None for pointers, numbers of Python or NumPy else. cluster: blocks of one, along x."""
         if shared_bytes > self._shared_limit:
             self._raw.max_dynamic_shared_size_bytes = shared_bytes
             self._shared_limit = shared_bytes
-        self._launcher(self._get_stream().ptr, (grid, block, shared_bytes), args)
+        self._launcher(self._get_stream().ptr, (grid, block, shared_bytes), args, cluster)
         if _counters:
             for counter in _counters:
                 counter.by_name[self.spec.name] += 1

@@ -75,9 +75,11 @@ class Launch:
     Attributes:
         grid, block: blocks and threads, (x, y, z).
         shared_bytes: dynamic shared memory of a block.
+        cluster: blocks, neighbours along x, that form a cluster.
     """
 
     spec: KernelSpec
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     shared_bytes: int = 0
+    cluster: int = 1

@@ -7,7 +7,7 @@ Reads from top to bottom: the cache, the model, and `_forward`, one step of the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,8 @@ class _Buffers:
     """Intermediate results of one step for `tokens` tokens; the graph of a cache owns one set, a prefill another.
 
     x: residual stream [tokens, hidden]; qkv: result of the fused product; attended [tokens, heads * head_dim];
-    h [tokens, intermediate]; partial, stats: shares of attention.cu over `splits` blocks, None where none is used.
+    h [tokens, intermediate]; partial, stats: shares of attention.cu over `splits` blocks, None where none is used;
+    in_clusters: a decode step's shares are merged in clusters instead.
     """
 
     x: Any
@@ -56,6 +57,7 @@ class _Buffers:
     partial: Any
     stats: Any
     splits: int
+    in_clusters: bool = False
 
 
 class KVCache:
@@ -93,7 +95,7 @@ class KVCache:
         # What sampling reads is on the device too, so that it may change between two launches of a graph.
         self._seen = cp.zeros((batch, config.vocab_size), cp.uint8)  # 1: in the context
         self._numbers, self._integers = cp.zeros(4, cp.float32), cp.zeros(3, cp.uint32)
-        self._graphs: dict[bool, Graph] = {}  # by greedy or not
+        self._graphs: dict[tuple[bool, bool], Graph] = {}  # by greedy or not, attention in clusters or not
         self._decode_buffers: _Buffers | None = None
         self.sampling = sampling
 
@@ -263,9 +265,7 @@ class TernaryTransformer:
         """Bytes of the head: what one token reads of it."""
         return self._head.nbytes
 
-    def new_cache(
-        self, max_len: int, batch: int = 1, dtype: str = "auto", sampling: Sampling | None = None
-    ) -> KVCache:
+    def new_cache(self, max_len: int, batch: int = 1, dtype: str = "auto", sampling: Sampling | None = None) -> KVCache:
         """An empty cache for `batch` sequences of up to `max_len` tokens.
 
         Args:
@@ -342,13 +342,14 @@ class TernaryTransformer:
             raise ArgumentValueError(f"the cache is full: max_len = {cache.max_len}")
         if token is not cache.token:
             self._take_token(token, cache)
-        greedy = cache.sampling.greedy
-        graph = cache._graphs.get(greedy)
+        clustered = tuning.in_clusters(self.config, self.dtype, cache.batch, cache.length + 1, self._facts)
+        kind = cache.sampling.greedy, clustered
+        graph = cache._graphs.get(kind)
         if graph is None:
             if cache._decode_buffers is None:
                 cache._decode_buffers = self._new_buffers(cache, cache.batch, cache.batch)
-            buffers = cache._decode_buffers
-            graph = cache._graphs[greedy] = capture(
+            buffers = replace(cache._decode_buffers, in_clusters=clustered)
+            graph = cache._graphs[kind] = capture(
                 lambda: self._forward(cache.token, cache, buffers, 0, cache.batch, head=True)
             )
         graph.launch()
@@ -403,9 +404,7 @@ class TernaryTransformer:
         steps = self._steps(rows, cache, max_new_tokens, stop)
         return (int(tokens[0]) for tokens in steps) if one else steps
 
-    def _steps(
-        self, rows: list[np.ndarray], cache: KVCache, steps: int, stop: frozenset[int]
-    ) -> Iterator[np.ndarray]:
+    def _steps(self, rows: list[np.ndarray], cache: KVCache, steps: int, stop: frozenset[int]) -> Iterator[np.ndarray]:
         self.prefill(rows, cache)
         running = np.ones(cache.batch, bool)
         reader = _TokenReader(self._cp, cache.token)
@@ -464,11 +463,15 @@ class TernaryTransformer:
         if head:
             self._logits(b.x, n, logits, best)
         if head and not cache.sampling.greedy:
-            args = (logits, seen, cache._numbers, cache._integers, token, lengths, first, c.vocab_size, n)
-            load(tuning.SAMPLE)((batch, 1, 1), (tuning.SAMPLE_THREADS, 1, 1), args)
+            load(tuning.SAMPLE)(
+                (batch, 1, 1),
+                (tuning.SAMPLE_THREADS, 1, 1),
+                (logits, seen, cache._numbers, cache._integers, token, lengths, first, c.vocab_size, n),
+            )
         else:
-            args = (best if head else None, token, seen, lengths, batch, c.vocab_size, n)
-            load(tuning.NEXT_TOKEN)((1, 1, 1), (32, 1, 1), args)
+            load(tuning.NEXT_TOKEN)(
+                (1, 1, 1), (32, 1, 1), (best if head else None, token, seen, lengths, batch, c.vocab_size, n)
+            )
 
     def _product(
         self, x: Any, gamma: Any, weight: TernaryWeight, residual: Any, out: Any, eps: float = -1.0, ffn: int = 0
@@ -493,9 +496,7 @@ class TernaryTransformer:
         batch = tokens // n
         part = slice(first, first + batch)
         keys, values = cache.keys[layer, part], cache.values[layer, part]
-        scales = (None, None)
-        if cache.key_scales is not None:
-            scales = (cache.key_scales[layer, part], cache.value_scales[layer, part])
+        scales = [None if s is None else s[layer, part] for s in (cache.key_scales, cache.value_scales)]
         lengths, pitch, q_pitch = cache._device_lengths[part], keys.shape[-1], b.qkv.shape[1]
         sizes = (c.num_heads, c.num_kv_heads, pitch, cache.max_len, c.head_dim**-0.5)
         if n > 1:
@@ -506,19 +507,23 @@ class TernaryTransformer:
                 + (n, c.num_heads, c.num_kv_heads, c.head_dim, pitch, cache.max_len),
             )
         if b.partial is None:
-            plan = attention.prefill_launch(
+            prefill = attention.prefill_launch(
                 c.num_heads, c.num_kv_heads, c.head_dim, self.dtype, cache.dtype, batch, n, self._facts
             )
             args = (b.qkv, q_pitch, keys, values, *scales, lengths, n, c.num_heads, c.num_kv_heads, cache.max_len)
-            _launch(plan.launch, (*args, c.head_dim**-0.5, b.attended, plan.slots))
+            _launch(prefill.launch, (*args, c.head_dim**-0.5, b.attended, prefill.slots))
             return
         front = (b.qkv, q_pitch, keys, values, *scales, cache._turns, lengths)
+        if b.in_clusters:
+            plan = tuning.decode_launch(c, self.dtype, cache.dtype, tokens, b.splits, cluster=True)
+            _launch(plan, (*front, *sizes, None, None, b.attended))
+            return
         shares = (b.partial, b.stats)
         if n > 1 or tuning.decode_unsupported(self.dtype, self._facts):
             plan = tuning.attention_launch(c, self.dtype, cache.dtype, n == 1, tokens, b.splits)
             _launch(plan, (*front, n, *sizes, *shares))
         else:
-            _launch(tuning.decode_launch(c, self.dtype, cache.dtype, tokens, b.splits), (*front, *sizes, *shares))
+            _launch(tuning.decode_launch(c, self.dtype, cache.dtype, tokens, b.splits), (*front, *sizes, *shares, None))
         _launch(
             tuning.combine_launch(c, self.dtype, tokens),
             (b.partial, b.stats, lengths, n, b.splits, b.attended),
@@ -529,9 +534,7 @@ class TernaryTransformer:
         dtype = MODEL_DTYPES[self.dtype]
         splits = tuning.attention_splits(c, tokens, cache.max_len, self._facts)
         # Prompts go through tensor cores where those know the dtype.
-        single = tokens == batch or attention.prefill_unsupported(
-            c.head_dim, self.dtype, cache.dtype, self._facts
-        )
+        single = tokens == batch or attention.prefill_unsupported(c.head_dim, self.dtype, cache.dtype, self._facts)
         shares = (tokens, c.num_heads, splits)
         return _Buffers(
             x=cp.empty((tokens, c.hidden_size), dtype),
@@ -554,15 +557,25 @@ class TernaryTransformer:
         if c.ffn_activation == "relu2" and not c.sub_norms:  # with a norm behind it the unit cancels
             down = TernaryWeight(down.packed, down.scale * np.float32(1 / SQUARED_UNIT), down.shape)
         return _Layer(
-            attn_norm=cp.asarray(w.attn_norm),
+            attn_norm=self._norm_to_device(w.attn_norm),
             qkv=w.qkv.to_device(),
-            attn_sub_norm=None if w.attn_sub_norm is None else cp.asarray(w.attn_sub_norm),
+            attn_sub_norm=self._norm_to_device(w.attn_sub_norm),
             out=w.out.to_device(),
-            ffn_norm=cp.asarray(w.ffn_norm),
+            ffn_norm=self._norm_to_device(w.ffn_norm),
             up=up.to_device(),
-            ffn_sub_norm=None if w.ffn_sub_norm is None else cp.asarray(w.ffn_sub_norm),
+            ffn_sub_norm=self._norm_to_device(w.ffn_sub_norm),
             down=down.to_device(),
         )
+
+    def _norm_to_device(self, gamma: np.ndarray | None) -> Any:
+        """In the model's dtype where that holds every weight exactly, as it does what was trained in bfloat16: each block
+        of a product reads all of them."""
+        if gamma is None:
+            return None
+        with np.errstate(over="ignore"):
+            narrow = gamma.astype(MODEL_DTYPES[self.dtype])
+        exact = np.array_equal(narrow.astype(np.float32), gamma)
+        return self._cp.asarray(narrow if exact else gamma)
 
     def _rows_to_device(self, rows: Rows, dtype: str) -> _DeviceRows:
         rows = rows if dtype == "auto" else rows.astype(dtype)
@@ -573,7 +586,7 @@ class TernaryTransformer:
 
 
 def _launch(plan: Launch, args: tuple[Any, ...]) -> None:
-    load(plan.spec)(plan.grid, plan.block, args, plan.shared_bytes)
+    load(plan.spec)(plan.grid, plan.block, args, plan.shared_bytes, plan.cluster)
 
 
 class _TokenReader:

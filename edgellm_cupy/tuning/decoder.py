@@ -16,7 +16,10 @@ _HEAD_BYTES = {"int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 _DEEPEST = 10  # vectors of the head in flight a lane
 _COMBINE_THREADS = 256
 _MERGED_BYTES = 40 * 1024  # static shared memory of attention.cu for its warps' results
-_DECODE_WARPS = 4
+_DECODE_SHARED_BYTES = 47 * 1024  # static shared memory of attention_decode.cu, with a little room
+CLUSTER = 8  # blocks: the most that every GPU with clusters allows
+CLUSTER_KEYS = 288  # the longest context in clusters, for each of them: longer ones need more blocks
+_LEAST_CLUSTERS = 4  # fewer leave most of the GPU idle
 KEYS_A_SPLIT = 64  # splits.cuh
 NEXT_TOKEN = KernelSpec("next_token.cu", (("THREADS", "32"),))
 SAMPLE_THREADS = 1024
@@ -70,20 +73,46 @@ def decode_unsupported(x_dtype: str, device: DeviceFacts) -> str | None:
     return None
 
 
-def decode_launch(config: ModelConfig, x_dtype: str, kv_dtype: str, tokens: int, splits: int) -> Launch:
-    """attention_decode.cu: four warps of 16 keys are a share's 64."""
+def clusters(device: DeviceFacts) -> bool:
+    """Whether blocks of the device can form clusters."""
+    return device.arch >= 90
+
+
+def in_clusters(config: ModelConfig, x_dtype: str, tokens: int, keys: int, device: DeviceFacts) -> bool:
+    """Whether attention_decode.cu, in clusters, serves new tokens that make contexts of up to `keys`.
+
+    That saves attention_combine.cu, 0.9 us a layer of nine key/value heads on an H200 and less of five; with three, too
+    few multiprocessors read (18 us more for 30 layers), and so they do with long contexts.
+    """
+    count = config.num_kv_heads * _parts(config, 8)[0] * tokens
+    fits = _LEAST_CLUSTERS <= count <= 2 * device.multiprocessors // CLUSTER and keys <= CLUSTER_KEYS * count
+    return fits and clusters(device) and decode_unsupported(x_dtype, device) is None
+
+
+def decode_launch(
+    config: ModelConfig, x_dtype: str, kv_dtype: str, tokens: int, splits: int, cluster: bool = False
+) -> Launch:
+    """attention_decode.cu: four warps of 16 keys are a share's 64; in clusters eight, so that 1024 keys are under way
+    before the queries are there."""
     parts, heads = _parts(config, 8)
+    warps = 4
+    if cluster:
+        row = 4 * (-(-config.head_dim // 64) * 64)  # bytes; of each query a warp's result, all blocks' and the query
+        fitting = (w for w in (8, 4) if row * (heads * (w + 2) + 2) <= _DECODE_SHARED_BYTES)
+        warps = next(fitting, 2)
     macros = (
         ("X_T", X_TYPES[x_dtype]),
         ("KV_T", KV_TYPES[kv_dtype]),
         ("HEAD_DIM", str(config.head_dim)),
         ("HEADS", str(heads)),
-        ("WARPS", str(_DECODE_WARPS)),
+        ("WARPS", str(warps)),
+        ("CLUSTER", str(CLUSTER if cluster else 0)),
     )
     return Launch(
         KernelSpec("attention_decode.cu", macros),
-        (splits, config.num_kv_heads * parts, tokens),
-        (32 * _DECODE_WARPS, 1, 1),
+        (CLUSTER if cluster else splits, config.num_kv_heads * parts, tokens),
+        (32 * warps, 1, 1),
+        cluster=CLUSTER if cluster else 1,
     )
 
 
@@ -105,9 +134,7 @@ def attention_launch(
         ("WARPS", str(warps)),
         ("ROTATE", str(int(rotate))),
     )
-    return Launch(
-        KernelSpec("attention.cu", macros), (splits, config.num_kv_heads * parts, tokens), (32 * warps, 1, 1)
-    )
+    return Launch(KernelSpec("attention.cu", macros), (splits, config.num_kv_heads * parts, tokens), (32 * warps, 1, 1))
 
 
 def _parts(config: ModelConfig, largest: int) -> tuple[int, int]:
@@ -126,9 +153,7 @@ def attention_splits(config: ModelConfig, tokens: int, max_len: int, device: Dev
 def combine_launch(config: ModelConfig, x_dtype: str, tokens: int) -> Launch:
     """attention_combine.cu."""
     macros = (("X_T", X_TYPES[x_dtype]), ("HEAD_DIM", str(config.head_dim)), ("THREADS", str(_COMBINE_THREADS)))
-    return Launch(
-        KernelSpec("attention_combine.cu", macros), (config.num_heads, tokens, 1), (_COMBINE_THREADS, 1, 1)
-    )
+    return Launch(KernelSpec("attention_combine.cu", macros), (config.num_heads, tokens, 1), (_COMBINE_THREADS, 1, 1))
 
 
 # ---- everything -----------------------------------------------------------------------------------------------------
@@ -150,6 +175,7 @@ def decoder_specs(config: ModelConfig, device: DeviceFacts) -> Iterator[KernelSp
                 yield attention_launch(config, dtype, rows, True, 1, 1).spec
             else:
                 yield decode_launch(config, dtype, rows, 1, 1).spec
+                yield decode_launch(config, dtype, rows, 1, 1, cluster=True).spec
         if dtype == "float32":  # the others' prompts go through tensor cores
             yield attention_launch(config, dtype, dtype, False, 1, 1).spec
     yield from prefill_specs(config.head_dim)

@@ -16,7 +16,8 @@ __device__ __forceinline__ unsigned pack2<__nv_bfloat16>(float a, float b) {
 
 // sums [8 x 8] += a [8 x 16] b [16 x 8] over one warp with float32 sums. Lane 4 g + q has in a0 row g, k = 2 q and 2 q + 1, in a1
 // the same at k + 8; in b0, b1 column g at those k; in sums row g, columns 2 q and 2 q + 1.
-__device__ __forceinline__ void mma_all_rows(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, __half) {
+__device__ __forceinline__ void mma_all_rows(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
+                                             __half) {
   mma_f16(sums, a, b0, b1);
 }
 __device__ __forceinline__ void mma_all_rows(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,

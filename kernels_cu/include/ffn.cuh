@@ -7,7 +7,8 @@
 constexpr int kNoFfn = 0, kSilu = 1, kSquaredRelu = 2, kGated = 4;
 
 __device__ __forceinline__ float ffn_activation(float v, int ffn) {
-  if (ffn & kSilu) return v / (1.f + expf(-v));
+  // The quick exponential is off by 2^-24 |v|, which matters where exp(-v) does not.
+  if (ffn & kSilu) return __fdividef(v, 1.f + __expf(-v));
   const float r = v < 0.f ? 0.f : v;  // not fmaxf, which loses NaN
   return (r * 0x1p-8f) * r;
 }

@@ -4,6 +4,7 @@
 // a float32 scale each, absmax / 127.
 #pragma once
 #include "elements.cuh"
+#include "ptx.cuh"
 
 // kE consecutive features.
 template <typename T>
@@ -48,22 +49,14 @@ struct KvVector<signed char> {
   }
 };
 
-// Stores a vector [D] that lies in shared memory to the cache, by one warp, and puts back what the cache then stands for.
-template <int kDim, typename T>
-__device__ __forceinline__ void append_row(float* row, T* to, float*, bool append) {
-  for (int d = threadIdx.x % 32; d < kDim; d += 32) {
-    if (append) from_float(row[d], to + d);
-    row[d] = rounded<T>(row[d]);
-  }
-}
+// Stores a vector [D] that lies in shared memory to an int8 cache, by one warp, and puts back what the cache then stands for.
+// Magnitudes are compared as bits, among which NaN is the largest: a vector with NaN has scale NaN.
 template <int kDim>
 __device__ __forceinline__ void append_row(float* row, signed char* to, float* scale, bool append) {
   const int lane = threadIdx.x % 32;
-  float largest = 0.f;
-  for (int d = lane; d < kDim; d += 32) largest = fmaxf(largest, fabsf(row[d]));
-#pragma unroll
-  for (int d = 16; d; d /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, d));
-  const float step = largest / 127.f, factor = step > 0.f ? 1.f / step : 0.f;
+  unsigned largest = 0u;
+  for (int d = lane; d < kDim; d += 32) largest = max(largest, unsigned(__float_as_int(fabsf(row[d]))));
+  const float step = __int_as_float(int(warp_max(largest))) / 127.f, factor = step > 0.f ? 1.f / step : 0.f;
   for (int d = lane; d < kDim; d += 32) {
     const float q = fminf(fmaxf(rintf(row[d] * factor), -127.f), 127.f);
     if (append) to[d] = (signed char)q;

@@ -1,4 +1,4 @@
-// One-instruction wrappers. Inline PTX and __CUDA_ARCH__ appear in this file and nowhere else; beside each instruction
+// One-instruction wrappers. Inline PTX and __CUDA_ARCH__ appear in this file and cluster.cuh and nowhere else; beside each instruction
 // stands its meaning in plain C++, which is what the CPU emulator of the tests runs.
 #pragma once
 #include <cuda_fp16.h>

@@ -22,7 +22,7 @@ def driver(monkeypatch):
         c = configuration._obj
         assert (extra[0], extra[2], extra[4]) == (1, 2, None)  # CU_LAUNCH_PARAM_BUFFER_POINTER, _SIZE, _END
         size = ctypes.cast(extra[3], ctypes.POINTER(ctypes.c_size_t))[0]
-        attributes = [(a.id, a.value) for a in c.attributes[: c.attribute_count]]
+        attributes = [(a.id, *a.value) for a in c.attributes[: c.attribute_count]]
         calls.append(
             (list(c.grid), list(c.block), c.shared_bytes, c.stream, attributes, ctypes.string_at(extra[1], size))
         )
@@ -59,7 +59,21 @@ def test_overlap_is_asked_for_where_the_kernel_waits(driver):
     with launch.overlap(False):
         run(0, shape, (1,))
     launch.Launcher(1, "i", may_overlap=False)(0, shape, (1,))
-    assert [call[4] for call in driver] == [[(6, 1)], [], []]
+    assert [call[4] for call in driver] == [[(6, 1, 0, 0)], [], []]
+
+
+def test_clusters_lie_along_x(driver):
+    shape = ((16, 3, 1), (32, 1, 1), 0)
+    run = launch.Launcher(1, "i", may_overlap=True)
+    run(0, shape, (1,), 8)
+    with launch.overlap(False):
+        run(0, shape, (1,), 8)
+    run(0, shape, (1,))
+    run(0, shape, (1,), 4)
+    launch.Launcher(1, "i", may_overlap=False)(0, shape, (1,), 8)
+    eight, four, overlap = (4, 8, 1, 1), (4, 4, 1, 1), (6, 1, 0, 0)
+    assert [call[4] for call in driver] == [[eight, overlap], [eight], [overlap], [four, overlap], [eight]]
+    assert run.launches == {shape: 4}
 
 
 def test_every_kernel_but_the_yardstick_waits_for_its_predecessors():
