@@ -13,6 +13,7 @@ Results of :func:`run`:
     avg_kernel_exec_time_ms     its median over the kernels of a token, the gaps between them included
     launch_share                one row a kernel of a token: its launches and their share
     kernels                     one row a kernel of a token and launch shape: resources and occupancy
+    where_the_time_goes         what each kind of kernel costs a token, beside its floor: :mod:`.ablation`
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from . import timing
+from . import ablation, timing
 from .context import Context
 from .metrics import Metric, measured, missing
 from .tokens import times_at_depth
@@ -35,6 +36,7 @@ _FIGURES: dict[str, str | None] = {
     "avg_kernel_exec_time_ms": "ms",
     "launch_share": None,
     "kernels": None,
+    "where_the_time_goes": None,
 }
 
 
@@ -49,7 +51,7 @@ def run(ctx: Context) -> dict[str, Any]:
     for kernel in loaded():
         kernel.forget_launches()  # of prompts and products; what is recorded below is a token's
     with count_launches() as recorded:  # a new cache has buffers of its own, hence a graph of its own
-        cache = ctx.model.new_cache(CONTEXT + tokens)
+        cache = ctx.new_cache(CONTEXT + tokens)
         token = ctx.model.decode_one_token(1, cache)
     with count_launches() as counter:
         token = ctx.model.decode_one_token(token, cache)
@@ -75,6 +77,7 @@ def run(ctx: Context) -> dict[str, Any]:
             for name, launches in recorded.by_name.most_common()
         ],
         "kernels": sorted(kernels, key=lambda row: (-row["launches_per_token"], row["name"], row["grid"])),
+        "where_the_time_goes": ablation.run(ctx),
     }
 
 

@@ -11,7 +11,8 @@ report.json is one object:
     command             the command line
     environment         commit, GPU, driver, CUDA and CPU, also of the report of a single part; `tuned`: how many
                         choices of `edgellm tune` were in use, and their file or null (since 1.1)
-    model               {config, weights, body_bytes, head_bytes}
+    model               {config, weights, body_bytes, head_bytes, decoder}; `decoder`: {activation, dtype, head,
+                        kv_cache} of what was measured (since 1.2). It and head_bytes are null when no part decodes
     parts               name of a part -> its figures; see the module of that name in edgellm_cupy.bench. `latency` of a
                         table of shapes has no products, but `table` and `summary` of :mod:`.table` (since 1.1)
     seconds             name of a part -> how long it took
@@ -42,7 +43,7 @@ from ..errors import EdgeLLMError
 from . import table_figures
 from .metrics import Metric, is_metric, missing
 
-SCHEMA_VERSION = "1.1.0"
+SCHEMA_VERSION = "1.2.0"
 
 Report = dict[str, Any]
 
@@ -288,10 +289,12 @@ def _header(report: Report) -> list[str]:
         f"{' gated' if config['gated'] else ''}, vocabulary {config['vocab_size']}, context {config['max_context']}"
     )
     check = report["decoder_check"]
-    weights = f"{_escape(model['weights'])}; body {model['body_bytes']} bytes, head {model['head_bytes']} bytes"
+    head = "" if model["head_bytes"] is None else f", head {model['head_bytes']} bytes"
+    stored = model.get("decoder")  # not in reports before 1.2
     decoder = {
         "Model": shape,
-        "Weights": weights,
+        "Weights": f"{_escape(model['weights'])}; body {model['body_bytes']} bytes{head}",
+        **({"Decoder": _inline(stored)} if stored else {}),
         "Decoder against the reference": "; ".join(filter(None, [with_unit(check), _detail(check)])),
     }
     facts = {
@@ -637,12 +640,13 @@ def _detail(x: Any) -> str:
 def terminal(report: Report) -> Group:
     """A summary for a terminal of 80 columns: warnings first, then the figures that were measured."""
     known = {key: figure for key, figure in report["summary"].items() if figure["value"] is not None}
+    shown = known | _beside_the_summary(report)
     table = Table(box=None, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right", style="bold")
     table.add_column("95 % interval", style="dim", header_style="dim")
-    for key in (key for key in _HEADLINES if key in known):
-        figure = known[key]
+    for key in (key for key in _HEADLINES if key in shown):
+        figure = shown[key]
         interval = " to ".join(map(_short, figure.get("ci95") or ()))
         table.add_row(key, f"{_short(figure)} {figure.get('unit', '')}".rstrip(), interval)
     nulls = len(report["summary"]) - len(known)
@@ -655,6 +659,12 @@ def terminal(report: Report) -> Group:
     )
 
 
+def _beside_the_summary(report: Report) -> dict[str, Metric]:
+    """The headlines that the original's summary has not, those that were measured."""
+    found = {key: report["parts"].get(part, {}).get(key) for key, part in _NEW_HEADLINES.items()}
+    return {key: figure for key, figure in found.items() if figure and figure["value"] is not None}
+
+
 _TITLES = {
     "cpu": "CPU",
     "kernels": "Kernels and launches",
@@ -664,12 +674,16 @@ _TITLES = {
 
 _HEADLINES = (
     "throughput_tok_s",
+    "batch_tok_s",
+    "prompt_tok_s",
+    "time_to_first_token_ms",
     "p50_token_latency_ms",
     "p99_token_latency_ms",
     "throughput_1k_ctx_tok_s",
     "throughput_4k_ctx_tok_s",
     "throughput_8k_ctx_tok_s",
     "throughput_16k_ctx_tok_s",
+    "time_16k_over_0",
     "throughput_degradation_slope_pct_per_1k",
     "energy_per_token_j",
     "avg_power_w",
@@ -682,7 +696,15 @@ _HEADLINES = (
     "vram_used_mb",
     "host_ram_used_mb",
 )
-"""What the terminal shows of the summary, where it was measured."""
+"""What the terminal shows, where it was measured."""
+
+_NEW_HEADLINES = {
+    "batch_tok_s": "tokens",
+    "prompt_tok_s": "tokens",
+    "time_to_first_token_ms": "tokens",
+    "time_16k_over_0": "scaling",
+}
+"""Those that are not in the summary, whose keys are the original's, and the part that measures them."""
 
 _SECTIONS = (
     "workload", "backend", "no_gpu", "quick", "command", "model", "decoder_check", "parts", "seconds", "errors",

@@ -5,8 +5,10 @@ The cache is filled with random keys and values, which cost attention the same a
 
 Results of :func:`run`:
 
-    rows                the depths, each with its token times, tokens/s, bytes of KV cache and whether it is synthetic
-    fit                 the straight line through the medians of all depths (:class:`Fit`)
+    rows                the shortest context that is measured, then the depths, each with its token times, tokens/s,
+                        bytes of KV cache and whether it is synthetic
+    fit                 the straight line through the medians of all depths (:class:`Fit`); not of the shortest context
+    time_16k_over_0     how many times as long a token takes at the last depth as at the shortest context
     conditions          of the GPU meanwhile
     throughput_*_ctx_tok_s, throughput_degradation_slope_pct_per_1k
 """
@@ -21,11 +23,13 @@ import numpy as np
 
 from . import timing
 from .context import Context
-from .metrics import measured, missing
-from .tokens import times_at_depth
+from .metrics import Metric, measured, missing
+from .tokens import SHORT_RUN, WARM_UP_TOKENS, short_times, times_at_depth
 from .utilisation import under_conditions
 
 REPORTED = {"1k": 1024, "4k": 4096, "8k": 8192, "16k": 16384}
+SHORTEST = WARM_UP_TOKENS + SHORT_RUN // 2
+"""Depth 0 as it can be measured: the mean context of short runs from an empty cache that is just long enough."""
 DEPTHS = (1024, 2048, 4096, 8192, 12288, 16384)
 """Two more than are reported: with four points the slope's interval would rest on two degrees of freedom."""
 
@@ -101,7 +105,7 @@ def run(ctx: Context) -> dict[str, Any]:
 
 
 def cache_length(ctx: Context) -> int:
-    """Positions of the one cache that serves all depths."""
+    """Positions of the one cache that serves all :data:`DEPTHS`."""
     return DEPTHS[-1] + _tokens(ctx)
 
 
@@ -111,12 +115,15 @@ def _tokens(ctx: Context) -> int:
 
 def _measure(ctx: Context) -> dict[str, Any]:
     tokens = _tokens(ctx)
-    cache = ctx.model.new_cache(cache_length(ctx))
-    _row(ctx, cache, DEPTHS[0], tokens)  # clocks rise, memory is touched for the first time
+    cache = ctx.new_cache(cache_length(ctx))
+    for depth in (DEPTHS[0], DEPTHS[-1]):
+        _row(ctx, cache, depth, tokens)  # clocks rise, memory is touched, graphs for short and long contexts are made
     rows = [_row(ctx, cache, depth, tokens) for depth in DEPTHS]
     tok_s = {row["context"]: row["tok_s"] for row in rows}
+    shortest = _shortest_row(ctx, tokens)
     return {
-        "rows": rows,
+        "rows": [shortest, *rows],
+        "time_16k_over_0": _growth(shortest, rows[-1]),
         **{f"throughput_{name}_ctx_tok_s": tok_s[depth] for name, depth in REPORTED.items()},
         **_fit_figures(rows),
     }
@@ -142,13 +149,31 @@ def _fit_figures(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _row(ctx: Context, cache: Any, depth: int, tokens: int) -> dict[str, Any]:
     ctx.progress(f"context {depth}")
-    latency = timing.summarise(times_at_depth(ctx, cache, depth, tokens), "ms")
+    return _described(ctx, cache, depth, times_at_depth(ctx, cache, depth, tokens))
+
+
+def _shortest_row(ctx: Context, tokens: int) -> dict[str, Any]:
+    """In a cache of its own: one that is made for 16k tokens divides even a short context among many blocks."""
+    ctx.progress(f"context {SHORTEST}")
+    cache = ctx.new_cache(WARM_UP_TOKENS + SHORT_RUN)
+    [times] = short_times(ctx, [cache], -(-tokens // SHORT_RUN))
+    return _described(ctx, cache, SHORTEST, times)
+
+
+def _growth(shortest: dict[str, Any], deepest: dict[str, Any]) -> Metric:
+    """Of the median times of two rows."""
+    ms = [row["latency"]["median"]["value"] for row in (shortest, deepest)]
+    return measured(ms[1] / ms[0], "x", of=f"time a token at context {deepest['context']} over {shortest['context']}")
+
+
+def _described(ctx: Context, cache: Any, depth: int, times: Sequence[float]) -> dict[str, Any]:
+    latency = timing.summarise(times, "ms")
     synthetic = depth > ctx.config.max_context
     return {
         "context": depth,
         "synthetic": synthetic,
         "latency": latency,
         "tok_s": timing.rate(latency["median"], 1e3, "tok/s", context=depth, synthetic=synthetic),
-        # Of a cache that is just long enough; the one measured on is as long as the largest context needs.
+        # Of a cache that is just long enough; the one measured on may be longer.
         "kv_cache_bytes": measured(cache.nbytes * depth // cache.max_len, "bytes"),
     }

@@ -10,6 +10,9 @@ Results of :func:`run`:
     plan                    what was asked for; the runs end early at the time limit
     first_token             series in ms: prompt ids on the host -> first greedy token on the host, wall clock
     prompts                 one row for each prompt length: series in ms until the device is idle, tokens/s
+    batches                 one row for each number of sequences decoded side by side: series in ms of a step, which is
+                            a token of each of them, and tokens/s of all together
+    sampling                one row for each way to choose the next token: series in ms, and what it costs over greedy
     token_latency           series in ms: CUDA events around each graph launch (the token stays on the device), or the
                             wall clock on NumPy
     token_latency_streamed  series in ms: wall clock when the host reads every token before the next one; null on NumPy,
@@ -17,27 +20,39 @@ Results of :func:`run`:
     throughput_tok_s        tokens/s of whole runs: wall clock, one synchronisation at the end; on NumPy of the runs of
                             token_latency. `context` is the mean over a run
     conditions              of the GPU meanwhile
-    *_token_latency_ms, token_gap_variance_ms2, time_to_first_token_ms, prompt_tok_s
+    *_token_latency_ms, token_gap_variance_ms2, time_to_first_token_ms
+    prompt_tok_s            of the longest prompt up to :data:`REPORTED_PROMPT` tokens
+    batch_tok_s             of the largest batch
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from ..sampling import Sampling
 from . import timing
 from .context import Context
 from .metrics import Metric, missing
 from .utilisation import under_conditions
 
 PROMPT_TOKENS = 128
+REPORTED_PROMPT = 512
+LONG_PROMPT = 4096
+"""Measured too, where the model was made for contexts that long."""
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+SAMPLINGS = (Sampling(), Sampling(temperature=0.8, top_k=40, top_p=0.95), Sampling(temperature=1.0))
+"""Greedy first, what the others are compared with; then the filters that chats use, and the whole vocabulary."""
 WARM_UP_TOKENS = 4
 """Decoded before the first timed token, so that the device is busy and the host ahead of it when timing begins."""
+
+SHORT_RUN = 16
+"""Timed tokens of a run from an empty cache, after the warm-up, where the context is to stay as short as can be."""
 
 _FIRST_TOKEN = 1  # decoding needs some id to start from; its value costs nothing
 
@@ -51,7 +66,9 @@ class Plan:
         tokens: samples wanted of the token latency; p99 needs 1,000 for ten beyond it.
         runs: fewest runs; six give the median of their rates an interval.
         limit_s: seconds after which no run beyond these begins, for each series and for throughput.
-        prompts: prompt lengths in tokens; `prompt_tok_s` is that of the last.
+        prompts: prompt lengths in tokens, ascending.
+        batches: sequences decoded side by side.
+        short_runs: runs of :data:`SHORT_RUN` tokens for each batch and for each way of sampling.
         rule: when a prompt's series has enough samples.
     """
 
@@ -60,6 +77,8 @@ class Plan:
     runs: int
     limit_s: float
     prompts: tuple[int, ...]
+    batches: tuple[int, ...]
+    short_runs: int
     rule: timing.StopRule
 
 
@@ -68,10 +87,13 @@ _QUICK_PROMPT_RULE = timing.StopRule(relative_error=0.02, min_samples=3, min_sec
 
 
 def _plan(ctx: Context) -> Plan:
-    prompts = (32, 128) if ctx.no_gpu else (128, 512)
+    prompts: tuple[int, ...] = (32, 128) if ctx.no_gpu else (PROMPT_TOKENS, REPORTED_PROMPT, LONG_PROMPT)
+    batches = BATCHES[:2] if ctx.no_gpu else BATCHES
     if ctx.quick:
-        return Plan(32, 64, 2, 1, prompts[:1], _QUICK_PROMPT_RULE)
-    return Plan(32 if ctx.no_gpu else 128, 1152, 6, 6, prompts, _PROMPT_RULE)
+        return Plan(32, 64, 2, 1, prompts[:1], batches[:1] if ctx.no_gpu else (1, 4), 1, _QUICK_PROMPT_RULE)
+    # A long prompt is worth its time where the model was made for it; the others are compared between all models.
+    prompts = tuple(n for n in prompts if n <= max(REPORTED_PROMPT, ctx.config.max_context))
+    return Plan(32 if ctx.no_gpu else 128, 1152, 6, 6, prompts, batches, 2 if ctx.no_gpu else 16, _PROMPT_RULE)
 
 
 def run(ctx: Context) -> dict[str, Any]:
@@ -84,6 +106,8 @@ def _measure(ctx: Context, plan: Plan) -> dict[str, Any]:
     prompts = [_prompt(ctx, n, plan) for n in plan.prompts]
     latency = _latency(ctx, plan)
     token = latency["token_latency"]
+    batches = [_batch(ctx, n, plan) for n in plan.batches]
+    reported = next(row for row in reversed(prompts) if row["tokens"] <= REPORTED_PROMPT)
     return {
         "boundary": "engine",
         "plan": {
@@ -92,12 +116,17 @@ def _measure(ctx: Context, plan: Plan) -> dict[str, Any]:
             "runs": plan.runs,
             "limit_s": plan.limit_s,
             "warm_up_tokens": WARM_UP_TOKENS,
+            "short_runs": plan.short_runs,
+            "short_run_tokens": SHORT_RUN,
         },
         "first_token": first,
         "prompts": prompts,
         **latency,
+        "batches": batches,
+        "sampling": _samplings(ctx, plan),
         "time_to_first_token_ms": {**first["median"], "prompt_tokens": PROMPT_TOKENS},
-        "prompt_tok_s": {**prompts[-1]["tok_s"], "prompt_tokens": prompts[-1]["tokens"]},
+        "prompt_tok_s": {**reported["tok_s"], "prompt_tokens": reported["tokens"]},
+        "batch_tok_s": {**batches[-1]["tok_s"], "batch": batches[-1]["batch"]},
         **{f"{p}_token_latency_ms": token[p] for p in ("mean", "p50", "p90", "p95", "p99", "max")},
         "token_gap_variance_ms2": token["gap_variance"],
     }
@@ -115,7 +144,7 @@ def synchronise(ctx: Context) -> None:
 
 
 def decode_times(ctx: Context, cache: Any, n: int) -> list[float]:
-    """Milliseconds of each of `n` tokens decoded one after the other, after :data:`WARM_UP_TOKENS` untimed ones.
+    """Milliseconds of each of `n` steps, a token a sequence, one after the other, behind :data:`WARM_UP_TOKENS` others.
 
     On CUDA the distance of two events on the stream, one behind each token's graph: the host runs ahead, nothing waits.
     On NumPy the wall clock.
@@ -140,6 +169,21 @@ def times_at_depth(ctx: Context, cache: Any, depth: int, n: int) -> list[float]:
     return decode_times(ctx, cache, n)
 
 
+def short_times(ctx: Context, caches: Sequence[Any], runs: int) -> list[list[float]]:
+    """:func:`decode_times` of runs of :data:`SHORT_RUN` steps for each cache, each run from the empty cache.
+
+    The caches take turns, so that what slows the machine down for a while meets all of them. One more run of each goes
+    before these; it compiles, allocates and warms up.
+    """
+    times: list[list[float]] = [[] for _ in caches]
+    for run in range(runs + 1):
+        for cache, series in zip(caches, times, strict=True):
+            cache.truncate(0)
+            run_times = decode_times(ctx, cache, SHORT_RUN)
+            series += run_times if run else ()
+    return times
+
+
 def _wall_times(ctx: Context, cache: Any, n: int) -> list[float]:
     """Like :func:`decode_times`, but by the wall clock, and the host reads each token before it asks for the next."""
     token = _warm_up(ctx, cache)
@@ -153,7 +197,7 @@ def _wall_times(ctx: Context, cache: Any, n: int) -> list[float]:
 
 
 def _warm_up(ctx: Context, cache: Any) -> Any:
-    token: Any = _FIRST_TOKEN
+    token: Any = [_FIRST_TOKEN] * cache.batch
     for _ in range(WARM_UP_TOKENS):
         token = ctx.model.decode_one_token(token, cache)
     return token
@@ -168,7 +212,7 @@ def _prompt_ids(ctx: Context, n: int) -> np.ndarray:
 
 def _first_token(ctx: Context, plan: Plan) -> dict[str, Any]:
     ctx.progress(f"time to the first token, prompt of {PROMPT_TOKENS}")
-    ids, cache = _prompt_ids(ctx, PROMPT_TOKENS), ctx.model.new_cache(PROMPT_TOKENS)
+    ids, cache = _prompt_ids(ctx, PROMPT_TOKENS), ctx.new_cache(PROMPT_TOKENS)
 
     def call() -> None:
         logits = ctx.model.prefill(ids, cache)
@@ -182,7 +226,7 @@ def _first_token(ctx: Context, plan: Plan) -> dict[str, Any]:
 
 def _prompt(ctx: Context, n: int, plan: Plan) -> dict[str, Any]:
     ctx.progress(f"prompt of {n}")
-    ids, cache = _prompt_ids(ctx, n), ctx.model.new_cache(n)
+    ids, cache = _prompt_ids(ctx, n), ctx.new_cache(n)
 
     def call() -> None:
         ctx.model.prefill(ids, cache)
@@ -243,7 +287,7 @@ def _runs(ctx: Context, plan: Plan, measure: Callable[..., list[float]]) -> tupl
 
     Also why there are not more of them.
     """
-    cache = ctx.model.new_cache(WARM_UP_TOKENS + plan.run_tokens)
+    cache = ctx.new_cache(WARM_UP_TOKENS + plan.run_tokens)
     measure(ctx, cache, plan.run_tokens)  # compiles, allocates and warms up everything that a run needs
     runs: list[list[float]] = []
     start = time.perf_counter()
@@ -269,3 +313,42 @@ def _rate(ctx: Context, cache: Any, n: int) -> list[float]:
 def _throughput(plan: Plan, rates: list[float], method: str) -> Metric:
     context = WARM_UP_TOKENS + plan.run_tokens // 2
     return timing.median(rates, "tok/s", context=context, run_tokens=plan.run_tokens, method=method)
+
+
+# ---- several sequences, and other ways to choose a token ------------------------------------------------------------
+
+
+def _batch(ctx: Context, batch: int, plan: Plan) -> dict[str, Any]:
+    """So many sequences side by side, all as short as in :func:`short_times`."""
+    ctx.progress(f"batch of {batch}")
+    [times] = short_times(ctx, [_short_cache(ctx, batch)], plan.short_runs)
+    latency = _short_series(times)
+    rate = timing.rate(latency["median"], 1e3 * batch, "tok/s", of="all sequences together")
+    return {"batch": batch, "tok_s": rate, "latency": latency}
+
+
+def _samplings(ctx: Context, plan: Plan) -> list[dict[str, Any]]:
+    """A row for each of :data:`SAMPLINGS`; what one costs is the difference to the greedy token of the same turn."""
+    ctx.progress("ways to choose a token")
+    caches = [_short_cache(ctx, sampling=sampling) for sampling in SAMPLINGS]
+    greedy, *others = short_times(ctx, caches, plan.short_runs)
+    costs = [timing.median([1e3 * (a - b) for a, b in zip(times, greedy, strict=True)], "us") for times in others]
+    rows = zip(SAMPLINGS, (greedy, *others), (missing("this is greedy", "us"), *costs), strict=True)
+    return [
+        {"sampling": name(sampling), "latency": _short_series(times), "over_greedy_us": cost}
+        for sampling, times, cost in rows
+    ]
+
+
+def name(sampling: Sampling) -> str:
+    """What of it is not the default, in words."""
+    said = {field: value for field, value in asdict(sampling).items() if value != getattr(Sampling, field)}
+    return ", ".join(f"{field} {value:g}" for field, value in said.items()) or "greedy"
+
+
+def _short_cache(ctx: Context, batch: int = 1, sampling: Sampling | None = None) -> Any:
+    return ctx.new_cache(WARM_UP_TOKENS + SHORT_RUN, batch, sampling)
+
+
+def _short_series(times: Sequence[float]) -> dict[str, Any]:
+    return timing.summarise(times, "ms", run=SHORT_RUN, context=WARM_UP_TOKENS + SHORT_RUN // 2)

@@ -33,7 +33,7 @@ _RULE = timing.StopRule(relative_error=0.01, min_samples=20, min_seconds=0.05, m
 
 def run(ctx: Context) -> dict[str, Any]:
     """Copies of :data:`SIZES` bytes both ways, and the counts."""
-    weights = measured(_weight_bytes(ctx), "bytes", of="codes, scales, norm weights, embedding (which is the head)")
+    weights = measured(_weight_bytes(ctx), "bytes", of="codes, scales, norms, embedding and head (once where tied)")
     figures: dict[str, Any] = {"weight_bytes_one_time": weights}
     if ctx.no_gpu:
         nothing = missing(ctx.no_gpu)
@@ -62,8 +62,8 @@ def run(ctx: Context) -> dict[str, Any]:
 
 
 def _weight_bytes(ctx: Context) -> int:
-    c = ctx.checkpoint
-    return c.body_bytes + c.norm_bytes + c.head.nbytes
+    c, rows = ctx.checkpoint, 1 if ctx.config.tied_head else 2
+    return int(c.body_bytes + c.norm_bytes + rows * ctx.model.head_bytes)
 
 
 def _original_formula(ctx: Context) -> dict[str, Any]:

@@ -171,7 +171,7 @@ class DecodeLoop:
 
     def __init__(self, ctx: Context):
         self._start, self._end = CONTEXT - DECODE_SPAN // 2, CONTEXT + DECODE_SPAN // 2
-        self._model, self._cache = ctx.model, ctx.model.new_cache(self._end)
+        self._model, self._cache = ctx.model, ctx.new_cache(self._end)
         self._cache.fill_random(self._start)
         self._token: Any = 1  # decoding needs some id to start from; its value costs nothing
 

@@ -313,6 +313,10 @@ def bench(
         typer.Option(help="Folder for report.json and report.md.", show_default=f"{DEFAULT_OUT}, {DEFAULT_OUT}/PART"),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Short windows, few samples: a first look.")] = False,
+    activation: Annotated[ModelActivation, typer.Option(help="int8: quantised per token.")] = ModelActivation.int8,
+    dtype: Annotated[ModelDtype, typer.Option(help="What the model computes in.")] = ModelDtype.auto,
+    head: Annotated[HeadDtype, typer.Option(help="What the output head is stored as.")] = HeadDtype.auto,
+    kv_dtype: Annotated[CacheDtype, typer.Option(help="What keys and values are stored as.")] = CacheDtype.auto,
     shapes: Annotated[
         Shapes | None, typer.Option(help="latency: the products of public models.", show_default="the model's")
     ] = None,
@@ -324,7 +328,8 @@ def bench(
     from .bench import report, suite, table_figures
     from .bench.context import Context
 
-    table_tokens = _table_tokens(part, shapes, tokens, model or weights)
+    of_a_model = (model, weights, activation is ModelActivation.float, _chosen(dtype=dtype, head=head, kv=kv_dtype))
+    table_tokens = _table_tokens(part, shapes, tokens, any(of_a_model))
     folder = out or (DEFAULT_OUT / part.value if part else DEFAULT_OUT)
     names = [part.value] if part else list(suite.PARTS)
     no_gpu, remedy = _why_no_gpu(backend)
@@ -333,7 +338,8 @@ def bench(
     report.make_folder(folder)  # now, not after minutes of work
     with _progress(names) as (begin, step):
         step("reading or making the weights")
-        ctx = Context(_checkpoint(model, weights), no_gpu, quick, step, table_tokens)
+        decoder = (activation.value, dtype.value, head.value, kv_dtype.value)
+        ctx = Context(_checkpoint(model, weights), no_gpu, quick, step, table_tokens, *decoder)
         result = suite.run(ctx, names, shlex.join(["edgellm", *sys.argv[1:]]), begin)
     if remedy:
         result["no_gpu"] = f"{no_gpu}; {remedy}"  # once, at the top; a null figure has the reason alone
@@ -618,7 +624,7 @@ def _why_no_gpu(backend: Backend) -> tuple[str | None, str | None]:
     return None, None
 
 
-def _table_tokens(part: Part | None, shapes: Shapes | None, tokens: str | None, model: object) -> tuple[int, ...]:
+def _table_tokens(part: Part | None, shapes: Shapes | None, tokens: str | None, of_a_model: bool) -> tuple[int, ...]:
     """Numbers of tokens of the table of shapes, rising; empty when the workload's own products are asked for."""
     from .bench.shapes import TOKENS
 
@@ -626,8 +632,10 @@ def _table_tokens(part: Part | None, shapes: Shapes | None, tokens: str | None, 
         if tokens is not None:
             raise ArgumentValueError("--tokens: only together with --shapes")
         return ()
-    if part is not Part.latency or model:
-        raise ArgumentValueError("--shapes: only for `edgellm bench latency`, without --model and --weights")
+    if part is not Part.latency or of_a_model:
+        raise ArgumentValueError(
+            "--shapes: only for `edgellm bench latency`, without --model, --weights and the options of a model"
+        )
     return _numbers(tokens) if tokens is not None else TOKENS
 
 

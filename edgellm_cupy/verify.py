@@ -22,22 +22,59 @@ from .model.decoder import TernaryTransformer
 from .ops import enqueue
 from .reference import TernaryTransformer as ReferenceTransformer
 from .reference.accuracy import check
+from .reference.sampling import sample
 from .runtime import require_gpu
+from .sampling import Sampling
 from .tuning import FLOOR_THREADS, dispatch, floor_spec, specialisations
+from .tuning.decoder import SAMPLE, SAMPLE_THREADS
 from .tuning.device import DeviceFacts, current_facts
 from .tuning.gemm import GemmConfig
 from .tuning.product import ProductConfig, largest_k
 
-LOGIT_TOLERANCE = {
-    ("float32", "float"): 2e-5,
-    ("float32", "int8"): 4e-2,
-    ("float16", "float"): 1e-2,
-    ("bfloat16", "float"): 8e-2,
-}
-"""(dtype, activation) -> largest error of a logit over the largest logit, two layers; the reference rounds its
-intermediate results to the same dtype. int8 is compared more coarsely: somewhere among the activations of a prompt,
-float32 rounding tips one over a tie, which moves it by 1 / 127 of the absmax and tips others after it (0.017 at most on
-an H200). The products themselves are checked exactly."""
+
+@dataclass(frozen=True)
+class DecoderCase:
+    """One kind of decoder. tolerance: largest error of a logit over the largest logit, two layers.
+
+    The reference rounds its intermediate results to the same dtype. What remains is float32 rounding, which now and
+    then tips a result over to the next number of that dtype, and an int8 activation, key or value over a tie, by
+    1 / 127 of the absmax; that tips others after it. The products themselves are checked exactly.
+    """
+
+    dtype: str
+    activation: str
+    head: str
+    kv_dtype: str
+    tolerance: float
+
+    def __str__(self) -> str:
+        return f"{self.dtype}, {self.activation} activations, {self.head} head, {self.kv_dtype} cache"
+
+
+DECODER_CASES = (
+    DecoderCase("float32", "float", "float32", "auto", 6e-6),
+    DecoderCase("float32", "float", "int8", "int8", 2e-3),
+    DecoderCase("float32", "int8", "float32", "auto", 4e-2),
+    DecoderCase("float16", "float", "float16", "auto", 3e-3),
+    DecoderCase("float16", "float", "int8", "int8", 1.5e-2),
+    DecoderCase("float16", "int8", "float16", "auto", 0.1),
+    DecoderCase("bfloat16", "float", "bfloat16", "auto", 2.5e-2),
+    DecoderCase("bfloat16", "float", "int8", "int8", 2.5e-2),
+)
+"""Two to three times what an H200 made of the three presets behind prompts of 300 tokens."""
+
+_VOCABULARY = 1000
+_PROMPTS = ((200, 200), (100, 37))  # tokens of two sequences: side by side, then one after the other behind those
+_TOKENS = ((5, 999), (0, 7))
+_DEEP = 2500  # a context that takes more blocks than one cluster a head
+_SAMPLINGS = (
+    Sampling(temperature=1.0, seed=1),
+    Sampling(temperature=0.8, top_k=40, top_p=0.95, seed=2),
+    Sampling(temperature=2.0, top_k=900, seed=3),
+    Sampling(temperature=1.0, top_p=0.9, min_p=0.01, repetition_penalty=1.3, seed=4),
+    Sampling(repetition_penalty=1.5),
+)
+_VOCABULARIES = (49152, 128256)
 
 
 @dataclass(frozen=True)
@@ -135,11 +172,13 @@ def run(progress: Callable[[str], None] = lambda message: None) -> list[str]:
         progress(str(case))
         failures += [f"{case}: {message}" for message in _check_case(cp, case, rng)]
     for config in PRESETS.values():
-        for (dtype, activation), tolerance in LOGIT_TOLERANCE.items():
-            what = f"decoder {config.name} {dtype} {activation}"
+        checkpoint = _two_layers(config)
+        for decoder in DECODER_CASES:
+            what = f"decoder {config.name}, {decoder}"
             progress(what)
-            messages = _check_decoder(cp, config, dtype, activation, tolerance)
-            failures += [f"{what}: {message}" for message in messages]
+            failures += [f"{what}: {message}" for message in _check_decoder(checkpoint, decoder)]
+    progress("sampling")
+    failures += _check_sampling(cp, rng)
     failures += _check_floor(cp, rng)
     reached = {kernel.spec for kernel in loaded()}
     failures += [f"{spec.name}: no case reaches it" for spec in specialisations(current_facts()) if spec not in reached]
@@ -184,32 +223,67 @@ def _check_case(cp: Any, case: Case, rng: np.random.Generator) -> Iterator[str]:
         yield f"rmsnorm: {message}"
 
 
-def _check_decoder(cp: Any, preset: ModelConfig, dtype: str, activation: str, tolerance: float) -> Iterator[str]:
-    """Two layers of a preset with a small vocabulary, two sequences: prefill, prefill onto that, then decoding through
-    the graph, against NumPy."""
-    config = replace(preset, num_layers=2, vocab_size=1000)
-    checkpoint = Checkpoint.random(config, seed=1)
-    model = TernaryTransformer(checkpoint, activation=activation, dtype=dtype)
-    reference = ReferenceTransformer(checkpoint, activation=activation, dtype=dtype)
-    cache, expected = model.new_cache(200, batch=2), reference.new_cache(200, batch=2)
-    prompt = np.random.default_rng(2).integers(0, 1000, (2, 130))
+def _two_layers(preset: ModelConfig) -> Checkpoint:
+    """Of a preset, with a small vocabulary, random but read only once."""
+    checkpoint = Checkpoint.random(replace(preset, num_layers=2, vocab_size=_VOCABULARY), seed=1, head="float32")
+    return replace(checkpoint, layers=checkpoint.layers[:])
 
-    def compare(what: str) -> Iterator[str]:
-        logits, right = cache.logits.get(), expected.logits
-        error = np.abs(logits - right).max() / np.abs(right).max()
-        if not error <= tolerance:
-            yield f"{what}: error {error:.3g} of the largest logit"
-        if cache.token.get().tolist() != logits.argmax(axis=1).tolist():
-            yield f"{what}: the greedy tokens are not the largest logits"
 
-    for part in (prompt[:, :100], prompt[:, 100:]):
-        model.prefill(part, cache)
-        reference.prefill(part, expected)
-        yield from compare(f"prefill to {expected.length}")
-    for token in ([5, 999], [0, 7]):
-        model.decode_one_token(token, cache)
-        reference.decode_one_token(token, expected)
-        yield from compare(f"token {expected.length}")
+def _check_decoder(checkpoint: Checkpoint, case: DecoderCase) -> Iterator[str]:
+    """Prompts side by side, ragged ones onto those, and tokens through the graphs, against NumPy.
+
+    The GPU's decoder does so three times: as what this device is, and as if it had one multiprocessor or very many, for
+    which it takes other tiles.
+    """
+    options = {"activation": case.activation, "dtype": case.dtype, "head": case.head}
+    reference = ReferenceTransformer(checkpoint, **options)
+    expected = [cache.logits.copy() for _, cache in _steps(reference, case)]
+    model = TernaryTransformer(checkpoint, **options)
+    facts = model._facts
+    for multiprocessors in dict.fromkeys((facts.multiprocessors, 1, 10_000)):
+        model._facts = replace(facts, multiprocessors=multiprocessors)
+        for right, (what, cache) in zip(expected, _steps(model, case), strict=True):
+            logits = cache.logits.get()
+            error = np.abs(logits - right).max() / np.abs(right).max()
+            if not error <= case.tolerance:
+                yield f"{what}, chosen for {multiprocessors} multiprocessors: error {error:.3g} of the largest logit"
+            if cache.token.get().tolist() != logits.argmax(axis=1).tolist():
+                yield f"{what}: the greedy tokens are not the largest logits"
+
+
+def _steps(decoder: Any, case: DecoderCase) -> Iterator[tuple[str, Any]]:
+    """What was done last, and the cache with its logits, after each step of a decoder of either kind."""
+    rng = np.random.default_rng(2)
+    cache = decoder.new_cache(_DEEP + 1, batch=2, dtype=case.kv_dtype)
+    for lengths in _PROMPTS:
+        decoder.prefill([rng.integers(0, _VOCABULARY, n) for n in lengths], cache)
+        yield f"prompts of {lengths}", cache
+    for tokens in _TOKENS:
+        decoder.decode_one_token(tokens, cache)
+        yield f"tokens {tokens}", cache
+    cache.fill_random(_DEEP)
+    decoder.decode_one_token(_TOKENS[0], cache)
+    yield f"tokens behind {_DEEP} random keys", cache
+
+
+def _check_sampling(cp: Any, rng: np.random.Generator) -> Iterator[str]:
+    """Token for token: the kernel's arithmetic is the reference's."""
+    lengths = np.array([0, 9, 70_000], np.int32)
+    for vocabulary in _VOCABULARIES:
+        for s in _SAMPLINGS:
+            logits = (3 * rng.standard_normal((len(lengths), vocabulary))).astype(np.float32)
+            seen = (rng.random(logits.shape) < 0.1).astype(np.uint8)
+            numbers = np.array([s.temperature, s.top_p, s.min_p, s.repetition_penalty], np.float32)
+            integers = np.array([s.top_k, s.seed % 2**32, s.seed >> 32], np.uint32)
+            token, on_device = cp.full(len(lengths), -1, cp.int32), [cp.asarray(a) for a in (logits, seen, lengths)]
+            load(SAMPLE)(
+                (len(lengths), 1, 1),
+                (SAMPLE_THREADS, 1, 1),
+                (*on_device[:2], cp.asarray(numbers), cp.asarray(integers), token, on_device[2], 0, vocabulary, 1),
+            )
+            expected = sample(logits, s, seen, lengths + 1)
+            if token.get().tolist() != expected.tolist():
+                yield f"sample of {vocabulary} logits, {s}: tokens {token.get().tolist()}, expected {expected.tolist()}"
 
 
 def _check_floor(cp: Any, rng: np.random.Generator) -> Iterator[str]:

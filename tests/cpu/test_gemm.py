@@ -61,14 +61,14 @@ def separate(
     config: gemm.GemmConfig | None = None,
     facts: DeviceFacts = H200,
 ) -> None:
-    """out = scale * (t @ a) + residual by the two kernels."""
+    """out = scale * (t @ a) + residual by the two kernels. Activations behind it: test_kernels.py."""
     tiles, dequant, q_sums = prepass(emulator, x, gamma, activation)
     (m, k), n = weight.shape, x.shape[0]
     plan = gemm.gemm_launch(m, n, k, activation, planes_of(x.dtype, activation), facts, config)
     args = [
         *(tiles, dequant, q_sums, weight.packed, weight.scale, np.int32(weight.scale.size > 1)),
         *(residual, TAGS["float32" if residual is None else residual.dtype.name], out, TAGS[out.dtype.name]),
-        *(np.int32(v) for v in (m, k, n, plan.stages)),
+        *(np.int32(v) for v in (0, m, k, n, plan.stages)),
     ]
     emulator.launch(plan.launch.spec.name, plan.launch.grid, plan.launch.block, args, shared=plan.launch.shared_bytes)
 

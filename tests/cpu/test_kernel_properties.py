@@ -6,23 +6,28 @@ differs between them, also where the right result is NaN.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import edgellm_cupy as ec
 from edgellm_cupy.arguments import BFLOAT16, DTYPES, FLOAT16, FLOAT32
+from edgellm_cupy.formats.checkpoint import ROW_DTYPES
 from edgellm_cupy.formats.config import PRESETS
+from edgellm_cupy.kernels import KernelSpec
 from edgellm_cupy.ops.enqueue import DTYPE_TAGS
 from edgellm_cupy.reference.accuracy import check
+from edgellm_cupy.reference.ops import normalise
 from edgellm_cupy.tuning import FLOOR_THREADS, floor_spec, specialisations
 from edgellm_cupy.tuning import decoder as tuning
+from edgellm_cupy.tuning.attention import cached_dim
 from edgellm_cupy.tuning.product import CONFIGS
 from tests.emulated import H200, T4, TINY, emulated_gpu, new_emulator
 from tests.emulator import ORDERS, Emulator, Output, compare_orders
@@ -33,16 +38,25 @@ ROUNDING = {FLOAT16: 2.0**-11, BFLOAT16: 2.0**-8, FLOAT32: 2.0**-24}
 SEEDS = st.integers(0, 2**32 - 1)
 MODELS = {
     **PRESETS,  # 64 features a head, groups of three heads and of one
-    # A part of a warp a head; and more outputs (g, d) than threads, the last turn incomplete.
+    # Vectors that lanes do not divide: a part of the last, and several lanes without one.
     "narrow": ec.ModelConfig("narrow", 2, 72, 100, num_heads=6, num_kv_heads=2, head_dim=12, vocab_size=203),
     "wide": ec.ModelConfig("wide", 1, 64, 64, num_heads=4, num_kv_heads=2, head_dim=100, vocab_size=64),
+    # Two blocks share a key/value head, the second has a query less.
+    "many": ec.ModelConfig("many", 1, 64, 64, num_heads=11, num_kv_heads=1, head_dim=6, vocab_size=64),
 }
 
 
 @pytest.fixture(scope="module")
 def emulator() -> Emulator:
     emulator = new_emulator()
-    emulator.build([spec for name in ("narrow", "wide") for spec in tuning.decoder_specs(MODELS[name])])
+    specs = [tuning.embed_spec(rows) for rows in ROW_DTYPES] + [spec for spec, _, _ in HEADS.values()]
+    for model, dtype, kv_dtype in ATTENTIONS:
+        specs += [
+            tuning.attention_launch(MODELS[model], dtype, kv_dtype, rotate, 1, 1).spec for rotate in (False, True)
+        ]
+        specs.append(tuning.combine_launch(MODELS[model], dtype, 1).spec)
+    specs += [tuning.combine_launch(config, dtype, 1).spec for config in PRESETS.values() for dtype in BY_NAME]
+    emulator.build(specs)
     return emulator
 
 
@@ -180,200 +194,348 @@ def test_operations(emulator: Emulator, x_dtype: str, activation: str, data: st.
 # ---- the decoder's own kernels --------------------------------------------------------------------------------------
 
 
-def assert_close(y: np.ndarray, expected: np.ndarray, magnitude: Any, relative: float = 1e-6) -> None:
-    """abs(y - expected) is within float32 arithmetic on terms of `magnitude`, and one rounding to y's dtype."""
-    assert not np.isnan(y.astype(np.float64)).any()
-    smallest = float(ml_dtypes.finfo(y.dtype).smallest_normal)
-    slack = relative * magnitude + ROUNDING[y.dtype] * (np.abs(expected) + relative * magnitude) + smallest
-    error = np.abs(y.astype(np.float64) - expected)
-    assert (error <= slack).all(), f"off by {(error / slack).max():.3g} times what is allowed"
+I32, F32 = np.int32, np.float32
 
 
+@pytest.mark.parametrize("rows", sorted(ROW_DTYPES))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(max_examples=15)
-@given(n=st.integers(1, 5), hidden=st.integers(1, 600), padding=st.integers(0, 20), seed=SEEDS)
-def test_embed(emulator: Emulator, dtype: np.dtype, n: int, hidden: int, padding: int, seed: int) -> None:
+@settings(max_examples=6)
+@given(n=st.integers(1, 5), hidden=st.integers(1, 600), padding=st.integers(0, 20), scaled=st.booleans(), seed=SEEDS)
+def test_embed(
+    emulator: Emulator, dtype: np.dtype, rows: str, n: int, hidden: int, padding: int, scaled: bool, seed: int
+) -> None:
+    check_embed(emulator, dtype, rows, n, hidden, padding, scaled, seed)
+
+
+def check_embed(
+    emulator: Emulator, dtype: np.dtype, rows: str, n: int, hidden: int, padding: int, scaled: bool, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     vocabulary = 50
-    values = rng.integers(-128, 128, (vocabulary, hidden + padding), dtype=np.int8)
-    scale = rng.uniform(1e-3, 2.0, vocabulary).astype(np.float32)
-    ids = rng.choice([0, vocabulary - 1, *rng.integers(0, vocabulary, 3)], n).astype(np.int32)
+    values = random_rows(rng, rows, (vocabulary, hidden + padding))
+    scale = rng.uniform(1e-3, 2.0, vocabulary).astype(F32) if scaled else None
+    ids = rng.choice([0, vocabulary - 1, *rng.integers(0, vocabulary, 3)], n).astype(I32)
     x = np.empty((n, hidden), dtype)
-    args = [ids, values, np.int32(hidden + padding), scale, Output(x), DTYPE_TAGS[dtype], np.int32(hidden)]
-    emulator.launch_in_orders(tuning.EMBED.name, n, tuning.THREADS, args)
-    expected = values[ids, :hidden].astype(np.float32) * scale[ids, None]
+    args = [ids, values, I32(hidden + padding), scale, Output(x), I32(DTYPE_TAGS[dtype]), I32(hidden)]
+    emulator.launch_in_orders(tuning.embed_spec(rows).name, n, tuning.THREADS, args)
+    expected = values[ids, :hidden].astype(F32) * (1 if scale is None else scale[ids, None])
     np.testing.assert_array_equal(x.view(np.uint8), expected.astype(dtype).view(np.uint8))
 
 
-@dataclass(frozen=True)
-class Context:
-    """Tokens of a call, and a cache that holds `length` positions before it."""
-
-    batch: int
-    tokens: int  # a sequence
-    length: int
-    spare: int  # positions of the cache beyond the call's
-    seed: int
-
-    @property
-    def max_len(self) -> int:
-        return self.length + self.tokens + self.spare
-
-    @property
-    def positions(self) -> np.ndarray:
-        return self.length + np.arange(self.tokens)
+def random_rows(rng: np.random.Generator, rows: str, shape: tuple[int, ...]) -> np.ndarray:
+    if rows == "int8":
+        return rng.integers(-128, 128, shape, dtype=np.int8)
+    return rng.standard_normal(shape).astype(ROW_DTYPES[rows])
 
 
-def contexts(longest: int) -> st.SearchStrategy[Context]:
-    return st.builds(Context, st.integers(1, 2), st.integers(1, 3), st.integers(0, longest), st.integers(0, 9), SEEDS)
+# ---- the head -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(max_examples=10)
-@given(c=contexts(40), model=st.sampled_from(sorted(MODELS)))
-def test_rope_append(emulator: Emulator, dtype: np.dtype, c: Context, model: str) -> None:
-    rng = np.random.default_rng(c.seed)
-    heads, kv_heads, dim = MODELS[model].num_heads, MODELS[model].num_kv_heads, MODELS[model].head_dim
-    before = rng.standard_normal((c.batch, c.tokens, heads + 2 * kv_heads, dim)).astype(dtype)
-    qkv = before.reshape(c.batch * c.tokens, -1).copy()
-    cache_before = rng.standard_normal((2, c.batch, kv_heads, c.max_len, dim)).astype(dtype)
-    keys, values = cache_before.copy()
-    angles = rng.uniform(-np.pi, np.pi, (c.max_len, dim // 2))
-    turns = np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
-    sizes = [np.int32(v) for v in (c.tokens, heads, kv_heads, dim, c.max_len)]
-    args = [qkv, keys, values, turns, np.array([c.length], np.int32), *sizes]
-    emulator.launch_in_orders(tuning.rope_spec(dtype.name).name, c.batch * c.tokens, tuning.THREADS, args)
-
-    cos, sin = np.moveaxis(turns.astype(np.float64)[c.positions, None], -1, 0)
-    first, second = np.split(before.astype(np.float64), 2, axis=-1)
-    turned = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    after, largest = qkv.reshape(before.shape), np.abs(before.astype(np.float64)).max() * 2
-    assert_close(after[:, :, :heads], turned[:, :, :heads], largest)
-    # Keys and values leave for the cache; in qkv they stay as they were.
-    np.testing.assert_array_equal(after[:, :, heads:], before[:, :, heads:])
-    new = (slice(None), slice(None), c.positions)
-    assert_close(keys[new], turned[:, :, heads : heads + kv_heads].swapaxes(1, 2), largest)
-    np.testing.assert_array_equal(values[new], before[:, :, heads + kv_heads :].swapaxes(1, 2))
-    for cache, old in zip((keys, values), cache_before, strict=True):
-        cache[new] = old[new]
-        np.testing.assert_array_equal(cache, old)  # nowhere else
+def head_specs() -> dict[str, tuple[KernelSpec, str, str]]:
+    """What the presets use, then other rows than x's dtype, then rows of less than eight vectors; (spec, rows, x)."""
+    found: dict[KernelSpec, tuple[str, str]] = {}
+    for config in PRESETS.values():
+        for dtype in BY_NAME:
+            for rows in (dtype, "int8"):
+                for n in (1, 4):
+                    launch = tuning.head_launch(config.hidden_size, config.vocab_size, n, rows, dtype, H200)
+                    found[launch.spec] = rows, dtype
+    for i, (rows, dtype) in enumerate(product(sorted(ROW_DTYPES), sorted(BY_NAME))):
+        if rows not in ("int8", dtype):
+            found[tuning.head_launch(300, 1, 1 + i % 2 * 3, rows, dtype, H200).spec] = rows, dtype
+        elif dtype == "float16" or rows != "int8":
+            found[tuning.head_launch(20, 1, 1 + i % 2 * 3, rows, dtype, H200).spec] = rows, dtype
+    return {"-".join(v for _, v in spec.macros): (spec, *names) for spec, names in found.items()}
 
 
-@pytest.mark.parametrize("model", sorted(MODELS))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(max_examples=6)
-@given(c=contexts(200), splits=st.integers(1, 6), sharpness=st.sampled_from([0.0, 1.0, 20.0]))
-@example(c=Context(batch=2, tokens=3, length=126, spare=0, seed=0), splits=3, sharpness=1.0)
-def test_attention(emulator: Emulator, dtype: np.dtype, model: str, c: Context, splits: int, sharpness: float) -> None:
-    config, rng = MODELS[model], np.random.default_rng(c.seed)
-    heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-    n, group = c.batch * c.tokens, heads // kv_heads
-    qkv = rng.standard_normal((n, heads + 2 * kv_heads, dim)).astype(dtype).reshape(n, -1)
-    keys, values = rng.standard_normal((2, c.batch, kv_heads, c.max_len, dim)).astype(dtype)
-    keys[:, :, c.length + c.tokens :] = np.nan  # nobody has been there
-    values[:, :, c.length + c.tokens :] = np.nan
-    length, softmax_scale = np.array([c.length], np.int32), np.float32(sharpness * dim**-0.5)
-    # Shares that are not in use are not written, and combining must not look at them.
-    partial = np.full((n, heads, splits, dim + 2), np.nan, np.float32)
-    attended = np.empty((n, heads * dim), dtype)
-    i32 = np.int32
-    sizes = [i32(c.tokens), i32(kv_heads), i32(c.max_len)]
-    emulator.launch_in_orders(
-        tuning.attention_spec(config, dtype.name).name,
-        (splits, kv_heads, n),
-        tuning.ATTENTION_THREADS,
-        [qkv, i32(qkv.shape[1]), keys, values, length, *sizes, softmax_scale, partial],
-    )
-    emulator.launch_in_orders(
-        tuning.combine_spec(config, dtype.name).name,
-        (heads, n),
-        dim,
-        [partial, length, i32(c.tokens), i32(splits), Output(attended)],
+HEADS = head_specs()
+
+
+@pytest.mark.parametrize("head", HEADS)
+@settings(max_examples=5)
+@given(data=st.data())
+def test_lm_head(emulator: Emulator, head: str, data: st.DataObject) -> None:
+    draw, integers = data.draw, st.integers
+    several = dict(HEADS[head][0].macros)["TOKENS"] != "1"
+    check_head(
+        emulator,
+        *HEADS[head],
+        n=draw(integers(1, 9 if several else 3)),
+        vocabulary=draw(integers(1, 150)),
+        hidden=draw(integers(1, 260)),
+        spare=draw(integers(0, 9)),
+        blocks=draw(integers(1, 4)),
+        different=draw(st.sampled_from([1, 3, 100])),
+        exponent=draw(st.sampled_from([0, -2, 3])),
+        outlier=draw(st.booleans()),
+        eps=draw(st.sampled_from([0.0, 1e-5])),
+        scaled=draw(st.booleans()),
+        seed=draw(SEEDS),
     )
 
-    q = qkv[:, : heads * dim].reshape(c.batch, c.tokens, kv_heads, group, dim).astype(np.float64)
-    seen = c.length + c.tokens
-    k, v = keys[:, :, :seen].astype(np.float64), values[:, :, :seen].astype(np.float64)
-    scores = np.einsum("bshgd,bhkd->bshgk", q, k) * float(softmax_scale)
-    future = np.arange(seen) > c.positions[:, None]
-    scores[np.broadcast_to(future[None, :, None, None], scores.shape)] = -np.inf
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    weights /= weights.sum(axis=-1, keepdims=True)
-    expected = np.einsum("bshgk,bhkd->bshgd", weights, v).reshape(n, -1)
-    assert_close(attended, expected, np.abs(v).max(), relative=1e-6 * (4 + sharpness))
 
-
-@pytest.mark.parametrize("model", sorted(PRESETS))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(max_examples=8)
-@given(n=st.integers(1, 4), features=st.integers(1, 600), seed=SEEDS)
-def test_silu(emulator: Emulator, dtype: np.dtype, model: str, n: int, features: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    gated = PRESETS[model].gated
-    up = rng.standard_normal((n, features * (1 + gated)))
-    up[:, : min(features, 3)] = (0, -1e4, 1e4)[: min(features, 3)]  # exp(1e4) is infinite
-    up, h = up.astype(dtype), np.empty((n, features), dtype)
-    grid = (-(-features // tuning.THREADS), n)
-    args = [up, Output(h), np.int32(features)]
-    emulator.launch_in_orders(tuning.silu_spec(PRESETS[model], dtype.name).name, grid, tuning.THREADS, args)
-    gate = up[:, :features].astype(np.float64)
-    with np.errstate(over="ignore"):
-        expected = gate / (1 + np.exp(-gate)) * (up[:, features:].astype(np.float64) if gated else 1.0)
-    assert_close(h, expected, np.abs(expected))
-
-
-@settings(max_examples=25)
-@given(
-    n=st.integers(1, 3),
-    vocabulary=st.integers(1, 700),
-    hidden=st.integers(1, 300),
-    facts=st.sampled_from(sorted(FACTS)),
-    seed=SEEDS,
-)
-def test_lm_head(emulator: Emulator, n: int, vocabulary: int, hidden: int, facts: str, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal((n, hidden)).astype(np.float32)
-    chunks = -(-hidden // 16)
-    values = np.zeros((vocabulary, 16 * chunks), np.int8)
-    values[:, :hidden] = rng.integers(-128, 128, (vocabulary, hidden))
-    scale = rng.uniform(1e-3, 2.0, vocabulary).astype(np.float32)
-    logits = np.empty((n, vocabulary), np.float32)
-    config = replace(PRESETS["smollm-135m"], vocab_size=vocabulary, hidden_size=hidden)
-    args = [x, values, scale, Output(logits), np.int32(vocabulary), np.int32(hidden)]
-    grid = tuning.head_grid(config, n, FACTS[facts])
-    emulator.launch_in_orders(tuning.LM_HEAD.name, grid, tuning.THREADS, args, shared=(chunks | 1) * 64)
-    terms = x.astype(np.float64), values[:, :hidden].astype(np.float64).T
-    assert_close(logits, (terms[0] @ terms[1]) * scale, (np.abs(terms[0]) @ np.abs(terms[1])) * scale, 2e-6)
-
-
-@settings(max_examples=25)
-@given(
-    n=st.integers(1, 40),
-    vocabulary=st.integers(1, 2500),
-    levels=st.sampled_from([1, 3, 10_000]),
-    sign=st.sampled_from([-1, 0, 1]),
-    count=st.integers(1, 5),
-    seed=SEEDS,
-)
-def test_argmax_and_next_token(
-    emulator: Emulator, n: int, vocabulary: int, levels: int, sign: int, count: int, seed: int
+def check_head(
+    emulator: Emulator,
+    spec: KernelSpec,
+    rows: str,
+    x_dtype: str,
+    *,
+    n: int,
+    vocabulary: int,
+    hidden: int,
+    spare: int = 0,
+    blocks: int = 1,
+    different: int = 100,
+    exponent: int = 0,
+    outlier: bool = False,
+    eps: float = 1e-5,
+    scaled: bool = True,
+    seed: int = 0,
 ) -> None:
-    """Few levels make ties, of which the lowest index wins."""
-    rng = np.random.default_rng(seed)
-    rows = min(n, 3)
-    logits = (rng.integers(-levels, levels + 1, (rows, vocabulary)) + sign * (levels + 1)).astype(np.float32)
-    logits[rng.random(logits.shape) < 0.1] = -np.inf
-    keys = np.zeros(rows, np.uint64)
-    grid = (-(-vocabulary // (4 * tuning.THREADS)), rows)
-    emulator.launch_in_orders(tuning.ARGMAX.name, grid, tuning.THREADS, [logits, keys, np.int32(vocabulary)])
+    """Logits and greedy choice. `different`: so many rows of the head are, all others are copies of them, and tie.
+    `outlier`: an element is 2^20 times the others, and the head ignores it.
 
-    best = np.resize(keys, n)  # more sequences than next_token has threads
-    token, length = np.empty(n, np.int32), np.array([7], np.int32)
-    args = [best, Output(token), length, np.int32(n), np.int32(count)]
+    Each logit may be off by, u = 2^-24, of the sum of the magnitudes: 16 u for the norm (accuracy.py), u for every term
+    that a lane adds, 8 u for the lanes' sums and the scales. With int8 rows nothing but four sums of digits is rounded,
+    each less than 2^-6 of (the token's largest x the row's sum) above those magnitudes; and a digit ends at 2^-29.
+    """
+    rng = np.random.default_rng(seed)
+    macros = {name: value for name, value in spec.macros if value.isdigit()}
+    lanes, tokens, threads = (int(macros[name]) for name in ("LANES", "TOKENS", "THREADS"))
+    elements = 16 // ROW_DTYPES[rows].itemsize
+    vectors = -(-hidden // elements)
+    turns = -(-vectors // lanes)
+    kinds = rng.integers(0, different, vocabulary)
+    values = np.zeros((vocabulary, vectors * elements), ROW_DTYPES[rows])
+    values[:, :hidden] = random_rows(rng, rows, (different, hidden))[kinds]
+    scale = rng.uniform(1e-3, 2.0, different).astype(F32)[kinds] if scaled else None
+    x = np.full((n, hidden + spare), np.nan).astype(BY_NAME[x_dtype])  # nobody's business beyond `hidden`
+    x[:, :hidden] = rng.standard_normal((n, hidden)) * 10.0**exponent
+    if outlier:
+        x[:, :hidden] = rng.standard_normal((n, hidden)) * 2.0**-7
+        x[:, hidden // 2], values[:, hidden // 2] = 2.0**13, 0
+    if n > 2:
+        x[1, :hidden] = 0
+    gamma = rng.uniform(-1.5, 1.5, hidden).astype(F32)
+    logits, best = np.empty((n, vocabulary), F32), np.zeros(n, np.uint64)
+    args: list[Any] = [x, np.int64(x.shape[1]), gamma, values, scale, Output(logits), best]
+    args += [I32(vocabulary), I32(hidden), I32(n), F32(eps)]
+    shared = tokens * turns * lanes * (elements // 4) * 16
+    emulator.launch_in_orders(spec.name, (blocks, -(-n // tokens)), threads, args, shared=shared)
+
+    normed = normalise(x[:, :hidden], gamma, float(F32(eps)))
+    factor = 1.0 if scale is None else scale.astype(np.float64)
+    weights = values[:, :hidden].astype(np.float64)
+    expected, magnitude = (normed @ weights.T) * factor, (np.abs(normed) @ np.abs(weights).T) * factor
+    added = 8 if rows == "int8" else turns * elements
+    slack = (24 + added) * 2.0**-24 * magnitude + 2.0**-100
+    if rows == "int8":
+        slack += 2.0**-26 * np.abs(normed).max(axis=1, keepdims=True) * np.abs(weights).sum(axis=1) * factor
+    error = np.abs(logits - expected)
+    assert (error <= slack).all(), f"off by {(error / slack).max():.3g} times what is allowed"
+    np.testing.assert_array_equal(~best.astype(np.uint32), logits.argmax(axis=1))
+    # The upper half is in the order of the floats, zero below all of them.
+    bits = (logits.max(axis=1) + F32(0)).view(np.uint32)
+    ordered = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
+    np.testing.assert_array_equal(best >> np.uint64(32), ordered)
+
+
+@settings(max_examples=20)
+@given(
+    batch=st.integers(1, 40), vocabulary=st.integers(1, 300), count=st.integers(1, 5), head=st.booleans(), seed=SEEDS
+)
+def test_next_token(emulator: Emulator, batch: int, vocabulary: int, count: int, head: bool, seed: int) -> None:
+    check_next_token(emulator, batch, vocabulary, count, head, seed)
+
+
+def check_next_token(emulator: Emulator, batch: int, vocabulary: int, count: int, head: bool, seed: int = 0) -> None:
+    """More sequences than the block has threads; `head`: there was one, so that there are next tokens."""
+    rng = np.random.default_rng(seed)
+    chosen = rng.integers(0, vocabulary, batch)
+    best = rng.integers(1, 2**32, batch, dtype=np.uint64) << np.uint64(32) | (~chosen.astype(np.uint32))
+    token, seen = np.full(batch, -5, I32), (rng.random((batch, vocabulary)) < 0.2).astype(np.uint8)
+    length = rng.integers(0, 100, batch, dtype=I32)
+    expected = token.copy(), seen.copy(), length + count
+    if head:
+        expected[0][:] = chosen
+        expected[1][np.arange(batch), chosen] = 1
+    args = [best if head else None, token, seen, length, I32(batch), I32(vocabulary), I32(count)]
     emulator.launch_in_orders(tuning.NEXT_TOKEN.name, 1, 32, args)
-    np.testing.assert_array_equal(token, np.resize(np.argmax(logits, axis=1), n))
-    assert not best.any()
-    assert length[0] == 7 + count
+    for array, right in zip((token, seen, length), expected, strict=True):
+        np.testing.assert_array_equal(array, right)
+    assert not head or not best.any()
+
+
+# ---- attention of single tokens -------------------------------------------------------------------------------------
+
+
+# Model, dtypes of x and of the cache. Presets serve float32 only with this kernel.
+ATTENTIONS = [
+    *((model, "float32", kv) for model in sorted(PRESETS) for kv in ("float32", "int8")),
+    ("narrow", "float16", "float16"),
+    ("narrow", "bfloat16", "int8"),
+    ("narrow", "float32", "float32"),
+    ("wide", "bfloat16", "bfloat16"),
+    ("wide", "float16", "int8"),
+    ("many", "float16", "float16"),
+    ("many", "float32", "int8"),
+]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """`tokens` of each sequence attend to themselves and to the `lengths` positions before them.
+
+    rotate: there is one token, neither rotated nor in the cache.
+    """
+
+    model: str
+    dtype: str
+    kv_dtype: str
+    rotate: bool
+    lengths: tuple[int, ...]
+    tokens: int = 1
+    spare: int = 0  # positions of the cache beyond the call's
+    splits: int = 1
+    sharpness: float = 1.0
+    seed: int = 0
+
+
+@pytest.mark.parametrize("rotate", [True, False], ids=["rotate", "rotated"])
+@pytest.mark.parametrize(("model", "dtype", "kv_dtype"), ATTENTIONS)
+@settings(max_examples=6)
+@given(data=st.data())
+def test_attention(
+    emulator: Emulator, model: str, dtype: str, kv_dtype: str, rotate: bool, data: st.DataObject
+) -> None:
+    draw = data.draw
+    longest = draw(st.sampled_from([4, 64, 200]))
+    a = Attention(
+        *(model, dtype, kv_dtype, rotate),
+        lengths=tuple(draw(st.lists(st.integers(0, longest), min_size=1, max_size=2))),
+        tokens=1 if rotate else draw(st.integers(1, 2)),
+        spare=draw(st.integers(0, 9)),
+        splits=draw(st.integers(1, 5)),
+        sharpness=draw(st.sampled_from([0.0, 1.0, 20.0])),
+        seed=draw(SEEDS),
+    )
+    check_attention(emulator, a)
+
+
+@pytest.mark.parametrize("rotate", [True, False], ids=["rotate", "rotated"])
+@pytest.mark.parametrize(("model", "dtype", "kv_dtype"), ATTENTIONS)
+def test_attention_where_shares_end(emulator: Emulator, model: str, dtype: str, kv_dtype: str, rotate: bool) -> None:
+    """Contexts of 64, 65 and 131 keys: of one share, two and three, one of which is the last key alone."""
+    check_attention(emulator, Attention(model, dtype, kv_dtype, rotate, (63, 130, 64), splits=4))
+
+
+@pytest.mark.parametrize(("model", "length", "splits"), [("bitnet-2b4t", 390, 7), ("smollm-135m", 620, 11)])
+def test_more_shares_than_a_block_combines_at_a_time(emulator: Emulator, model: str, length: int, splits: int) -> None:
+    check_attention(emulator, Attention(model, "float32", "int8", True, (length,), splits=splits, sharpness=4.0))
+
+
+def check_attention(emulator: Emulator, a: Attention) -> None:
+    """Both kernels, against softmax in float64. Each output may be off by, of the weighted values' magnitudes: what
+    scores are off by (float32 sums, their differences), in the weight and in their sum, and the float32 arithmetic of a
+    softmax of so many keys; and by its own rounding."""
+    config, rng = MODELS[a.model], np.random.default_rng(a.seed)
+    heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+    batch, n, group = len(a.lengths), len(a.lengths) * a.tokens, heads // kv_heads
+    dtype, width, max_len = BY_NAME[a.dtype], (heads + 2 * kv_heads) * dim, max(a.lengths) + a.tokens + a.spare
+    qkv = np.full((n, width + 6), np.nan).astype(dtype)  # a pitch of its own
+    qkv[:, :width] = rng.standard_normal((n, width))
+    lengths, tokens = np.array(a.lengths, I32), I32(a.tokens)
+    present = np.arange(max_len) < lengths[:, None] + (0 if a.rotate else a.tokens)
+    caches = [random_cache(rng, a.kv_dtype, present, kv_heads, dim) for _ in range(2)]
+    (keys, key_scales), (values, value_scales) = before = [(c.copy(), s if s is None else s.copy()) for c, s in caches]
+    angles = rng.uniform(-np.pi, np.pi, (max_len, dim // 2))
+    turns = np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(F32)
+    softmax_scale = F32(a.sharpness * dim**-0.5)
+    # Shares that are not in use are not written, and combining must not look at them.
+    partial = np.full((n, heads, a.splits, dim), np.nan, F32)
+    stats = np.full((n, heads, a.splits, 2), np.nan, F32)
+    launch = tuning.attention_launch(config, a.dtype, a.kv_dtype, a.rotate, n, a.splits)
+    args = [qkv, I32(qkv.shape[1]), keys, values, key_scales, value_scales, turns, lengths, tokens]
+    args += [*map(I32, (heads, kv_heads, keys.shape[-1], max_len)), softmax_scale, partial, stats]
+    emulator.launch_in_orders(launch.spec.name, launch.grid, launch.block, args)
+    outputs = []
+    for y_dtype in BY_NAME if a.model in PRESETS else (a.dtype,):  # the shares are float32 in any case
+        outputs.append(np.empty((n, heads * dim), BY_NAME[y_dtype]))
+        launch = tuning.combine_launch(config, y_dtype, n)
+        args = [partial, stats, lengths, tokens, I32(a.splits), Output(outputs[-1])]
+        emulator.launch_in_orders(launch.spec.name, launch.grid, launch.block, args)
+
+    queries = qkv[:, : heads * dim].reshape(batch, a.tokens, heads, dim)
+    if a.rotate:
+        queries = turned(queries.astype(F32), turns[lengths][:, None]).astype(dtype)
+        new = qkv[:, heads * dim : width].astype(F32).reshape(batch, 2, kv_heads, dim)
+        new[:, 0] = turned(new[:, 0], turns[lengths])
+        for i, ((cache, scales), vectors) in enumerate(zip(caches, new.swapaxes(0, 1), strict=True)):
+            for b, length in enumerate(lengths):
+                if scales is None:
+                    cache[b, :, length, :dim] = vectors[b]
+                else:
+                    cache[b, :, length, :dim], scales[b, :, length] = quantised(vectors[b])
+            for array, right in zip(before[i], (cache, scales), strict=True):
+                if right is not None:  # bytes: nowhere else
+                    np.testing.assert_array_equal(array.view(np.uint8), right.view(np.uint8))
+    for b, length in enumerate(a.lengths):
+        context = length + a.tokens
+        future = np.arange(context)[None, :] > length + np.arange(a.tokens)[:, None]
+        k, v = (meant(cache, scales, b, context, dim) for cache, scales in caches)
+        for h in range(heads):
+            q = queries[b, :, h].astype(np.float64)
+            scores = np.where(future, -np.inf, q @ k[h // group].T * float(softmax_scale))
+            top = scores.max(axis=1, keepdims=True)
+            weights = np.exp(scores - top)
+            weights /= weights.sum(axis=1, keepdims=True)
+            expected, magnitude = weights @ v[h // group], weights @ np.abs(v[h // group])
+            error = np.abs(q) @ np.abs(k[h // group]).T * float(softmax_scale) * (dim + 8) * 2.0**-24
+            # A difference of scores is rounded three times. Where it is beyond 100 there is no weight left.
+            error = np.where(future, 0.0, error + np.minimum(top - scores, 100.0) * 2.0**-22)
+            relative = np.expm1(2 * error.max(axis=1, keepdims=True)) + context * 2.0**-23 + 2.0**-20
+            for y in outputs:
+                bound = relative * magnitude + float(ml_dtypes.finfo(y.dtype).smallest_normal)
+                bound += ROUNDING[y.dtype] * (np.abs(expected) + bound)
+                off = np.abs(y.reshape(batch, a.tokens, heads, dim)[b, :, h].astype(np.float64) - expected)
+                assert (off <= bound).all(), (
+                    f"{a}: {y.dtype}, sequence {b}, head {h}: off by {(off / bound).max():.3g} times what is allowed"
+                )
+
+
+def random_cache(rng: np.random.Generator, kv_dtype: str, present: np.ndarray, kv_heads: int, dim: int) -> Any:
+    """Keys or values and their scales; NaN where nobody has been, zero beyond `dim`."""
+    (batch, max_len), scaled = present.shape, kv_dtype == "int8"
+    cache = np.zeros((batch, kv_heads, max_len, cached_dim(dim, kv_dtype)), ROW_DTYPES[kv_dtype])
+    scales = rng.uniform(1e-3, 2e-2, cache.shape[:3]).astype(F32) if scaled else None
+    cache[..., :dim] = random_rows(rng, kv_dtype, (*cache.shape[:3], dim))
+    absent = np.broadcast_to(~present[:, None], cache.shape[:3])
+    if scales is None:
+        cache[absent, :dim] = np.nan
+    else:
+        scales[absent] = np.nan
+    return cache, scales
+
+
+def meant(cache: np.ndarray, scales: np.ndarray | None, b: int, context: int, dim: int) -> np.ndarray:
+    values = cache[b, :, :context, :dim].astype(np.float64)
+    return values if scales is None else values * scales[b, :, :context, None]
+
+
+def turned(x: np.ndarray, turns: np.ndarray) -> np.ndarray:
+    """x [.., heads, D] in float32, as the kernel does it: each product rounded."""
+    first, second = np.split(x, 2, axis=-1)
+    cosine, sine = turns[..., None, :, 0], turns[..., None, :, 1]
+    return np.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+
+
+def quantised(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Digits and scales; one over the scale is rounded, as in the kernel."""
+    scale = np.abs(x).max(axis=-1) / F32(127)
+    return np.clip(np.rint(x * (F32(1) / scale)[..., None]), -127, 127).astype(np.int8), scale
+
+
+# ---- the benchmark's floor ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("threads", FLOOR_THREADS)
@@ -402,7 +564,8 @@ def test_read_floor(emulator: Emulator, threads: int, blocks: int, words: int, s
 
 def test_every_kernel_and_specialisation_was_launched(request: pytest.FixtureRequest, exercised: Any) -> None:
     """Runs last (tests/conftest.py): what the tests of the emulator launched, against everything there is."""
-    if reason := exercised.incomplete("test_kernels.py", "test_kernel_properties.py"):
+    files = ("attention_decode", "attention_prefill", "kernel_properties", "kernels", "sampling")
+    if reason := exercised.incomplete(*(f"test_{name}.py" for name in files)):
         pytest.skip(reason)
     kernels = {path.name for path in Path(__file__).parents[2].glob("kernels_cu/*.cu")}
     specs = specialisations()

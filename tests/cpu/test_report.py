@@ -93,7 +93,7 @@ def test_timestamp_and_version_are_machine_readable(whole):
     from datetime import datetime
 
     assert datetime.fromisoformat(whole["summary"]["timestamp"]["value"]).utcoffset().total_seconds() == 0
-    assert [int(number) for number in whole["schema_version"].split(".")] == [1, 1, 0]
+    assert [int(number) for number in whole["schema_version"].split(".")] == [1, 2, 0]
 
 
 # ---- parts that fail ------------------------------------------------------------------------------------------------

@@ -72,10 +72,11 @@ def test_run_reports_every_context_and_marks_those_beyond_the_model(monkeypatch)
         return [2 + depth / 1e4 + 0.01 * (depth == 4096)] * n
 
     monkeypatch.setattr(scaling, "times_at_depth", steady)
+    monkeypatch.setattr(scaling, "short_times", lambda ctx, caches, runs: [[1.25] * 16 * runs])
     config = ec.ModelConfig("tiny", 2, 64, 128, 4, 2, 16, 256, max_context=4096)
     figures = scaling.run(Context(Checkpoint.random(config), "not asked for", quick=True))
     rows = {row["context"]: row for row in figures["rows"]}
-    assert tuple(rows) == scaling.DEPTHS
+    assert tuple(rows) == (12, *scaling.DEPTHS)
     assert [depth for depth, row in rows.items() if row["synthetic"]] == [8192, 12288, 16384]
     # Keys and values of two layers, two KV heads of 16 features, four bytes each.
     assert rows[1024]["kv_cache_bytes"]["value"] == 2 * 2 * 2 * 16 * 4 * 1024
@@ -86,6 +87,10 @@ def test_run_reports_every_context_and_marks_those_beyond_the_model(monkeypatch)
     slope = figures["throughput_degradation_slope_pct_per_1k"]
     assert slope["ci95"][0] < slope["value"] < slope["ci95"][1]
     assert "least squares" in slope["definition"]
+    assert slope["n"] == len(scaling.DEPTHS)
+    growth = figures["time_16k_over_0"]
+    assert growth["value"] == pytest.approx((2 + 1.6384) / 1.25)
+    assert growth["of"] == "time a token at context 16384 over 12"
     assert figures["conditions"] == {"value": None, "reason": "not asked for"}
 
 
@@ -173,7 +178,7 @@ def test_a_token_that_is_not_the_largest_logit_is_found(on_the_device, monkeypat
 
 def test_logits_that_are_not_finite_are_found(on_the_device, monkeypatch):
     monkeypatch.setattr(Device, "mistake", staticmethod(lambda projected, cache: projected * np.nan))
-    with pytest.raises(WrongResultError, match="logits differ by nan"), np.errstate(invalid="ignore"):
+    with pytest.raises(WrongResultError, match="256 logits are not finite"), np.errstate(invalid="ignore"):
         suite.check_decoder(on_the_device)
 
 

@@ -312,6 +312,8 @@ def test_without_a_gpu_everything_is_null_with_the_reason(tmp_path):
         (["bench", "--shapes", "table"], "--shapes: only for `edgellm bench latency`"),
         (["bench", "tokens", "--shapes", "table"], "--shapes: only for `edgellm bench latency`"),
         (["bench", "latency", "--shapes", "table", "--model", "smollm-135m"], "without --model"),
+        (["bench", "latency", "--shapes", "table", "--head", "int8"], "and the options of a model"),
+        (["bench", "latency", "--shapes", "table", "--activation", "float"], "and the options of a model"),
         (["bench", "latency", "--tokens", "1"], "--tokens: only together with --shapes"),
         (["bench", "latency", "--shapes", "table", "--tokens", "1,x"], "--tokens is '1,x', expected"),
         (["bench", "latency", "--shapes", "table", "--tokens", "0"], "--tokens is '0', expected"),

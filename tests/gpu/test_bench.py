@@ -64,6 +64,21 @@ def test_a_quick_run_measures_everything_or_says_why_not(ctx):
         for row in product["rows"]:
             assert row["correct"]
             assert row["gb_per_s"]["value"] > 0
+    tokens, scaling = result["parts"]["tokens"], result["parts"]["scaling"]
+    assert [row["batch"] for row in tokens["batches"]] == [1, 4]
+    assert tokens["batches"][1]["tok_s"]["value"] > tokens["batches"][0]["tok_s"]["value"]
+    assert all(row["latency"]["median"]["value"] > 0 for row in tokens["sampling"])
+    assert scaling["time_16k_over_0"]["value"] > 0.9
+    ablated = result["parts"]["kernels"]["where_the_time_goes"]
+    kinds = {row["kind"]: row for row in ablated["kernels"]}
+    assert set(CONFIG.products()) < set(kinds)
+    launches = sum(row["launches_per_token"] for row in kinds.values())
+    assert launches == result["summary"]["kernels_per_token"]["value"]
+    assert 0 < ablated["sum_us"]["value"] < 2 * ablated["token_us"]["value"]
+    for kind in (*CONFIG.products(), "lm_head"):
+        assert kinds[kind]["time_us"]["value"] > 0
+        assert kinds[kind]["floor_us"]["value"] > 0
+    assert any(kind.startswith("attention") and row["floor_us"]["value"] for kind, row in kinds.items())
     for row in result["parts"]["kernels"]["kernels"]:
         assert row["launches_per_token"] > 0
         assert 0 < row["occupancy_pct"] <= 100
@@ -79,6 +94,24 @@ def test_a_quick_run_measures_everything_or_says_why_not(ctx):
     assert {name: list(part) for name, part in host["parts"].items()} == {
         name: list(part) for name, part in result["parts"].items()
     }
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_decoder_that_was_asked_for_is_measured(dtype):
+    options = {"activation": "float", "dtype": dtype, "head": "int8", "kv_dtype": "int8"}
+    result = suite.run(Context(Checkpoint.random(CONFIG), None, quick=True, **options), ["tokens"])
+    assert result["failures"] == []
+    assert result["errors"] == {}
+    assert result["model"]["decoder"] == {"activation": "float", "dtype": dtype, "head": "int8", "kv_cache": "int8"}
+    assert "int8 keys and values" in result["summary"]["quantization"]["value"]
+
+
+def test_of_a_large_model_the_first_layers_are_checked(ctx, monkeypatch):
+    ctx.checkpoint = Checkpoint.random(replace(CONFIG, num_layers=3))
+    monkeypatch.setattr(suite, "_REFERENCE_WEIGHTS", 1)
+    figure = suite.check_decoder(ctx)
+    assert figure["layers"] == "the first 2 of 3"
+    assert figure["value"] <= figure["bound"]
 
 
 def test_a_wrong_operation_has_no_speed(ctx, monkeypatch):

@@ -36,7 +36,10 @@ from tests.emulator.build import cache_folder
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results.json"
-TESTS = [f"tests/cpu/test_kernel{name}.py" for name in ("s", "_properties", "_mutants")]
+TESTS = [
+    f"tests/cpu/test_{name}.py"
+    for name in ("kernels", "kernel_properties", "attention_decode", "attention_prefill", "sampling", "kernel_mutants")
+]
 MUTANT_SECONDS = 600  # for all tests of one mutant
 LAUNCH_SECONDS = 10.0  # for one launch, which takes less than one unmutated
 
