@@ -21,9 +21,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
                 const X_T* residual,  // [N, M], or null; may be y itself
                 void* y,              // [N, M]
                 int y_dtype,          // 0 float16, 1 bfloat16, 2 float32
-                int ffn,              // ffn.cuh: 0, or the activation of an FFN
                 int M, int K, int N,  //
                 int slice_steps) {    // tuning.ProductLaunch
   using Shape = ProductShape<X_T, false, true, ALIGNED, INT8, TOKENS, SPREAD, SPLIT, AHEAD, THREADS, HELD>;
-  ternary_product<Shape>(x, nullptr, w, scale, scale_stride, residual, y, y_dtype, ffn, M, K, N, 0.f, slice_steps);
+  ternary_product<Shape>(x, nullptr, w, scale, scale_stride, residual, y, y_dtype, kNoFfn, M, K, N, 0.f, slice_steps);
 }

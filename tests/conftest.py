@@ -101,6 +101,7 @@ def _record(exercised: Exercised) -> Iterator[None]:
 EMULATED = (
     "test_attention_decode.py",
     "test_attention_prefill.py",
+    "test_bench_decoder.py",
     "test_decoder.py",
     "test_emulator.py",
     "test_gemm.py",

@@ -22,6 +22,8 @@ Shape = tuple[tuple[int, ...], tuple[int, ...], int]  # grid, block, dynamic sha
 
 _PARAMETER_BUFFER, _PARAMETER_BYTES, _END = 1, 2, 0  # CU_LAUNCH_PARAM_*
 _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6  # CU_LAUNCH_ATTRIBUTE_*
+_NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14  # CU_FUNC_ATTRIBUTE_*
+_PORTABLE_CLUSTER = 8  # blocks: larger clusters a kernel has to be allowed explicitly
 _INVALID_CONTEXT = 201
 
 
@@ -70,6 +72,12 @@ def overlap(enabled: bool) -> Iterator[None]:
         _overlap = before
 
 
+def _allow_large_clusters(function: int) -> None:
+    from cupy_backends.cuda.api.driver import funcSetAttribute
+
+    funcSetAttribute(function, _NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
+
+
 @cache
 def _driver() -> Any:
     return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1").cuLaunchKernelEx
@@ -110,6 +118,8 @@ class Launcher:
         may_overlap = self._may_overlap and _overlap
         configuration = self._configurations[may_overlap].get(key)
         if configuration is None:
+            if cluster > _PORTABLE_CLUSTER:
+                _allow_large_clusters(self._function.value or 0)
             configuration = self._configurations[may_overlap][key] = _configuration(shape, cluster, may_overlap)
         with self._lock:
             self._pack.pack_into(self._buffer, 0, *values)

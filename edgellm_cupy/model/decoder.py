@@ -47,7 +47,7 @@ class _Buffers:
 
     x: residual stream [tokens, hidden]; qkv: result of the fused product; attended [tokens, heads * head_dim];
     h [tokens, intermediate]; partial, stats: shares of attention.cu over `splits` blocks, None where none is used;
-    in_clusters: a decode step's shares are merged in clusters instead.
+    cluster: blocks of a cluster that merge a decode step's shares instead; 0: none do.
     """
 
     x: Any
@@ -57,7 +57,7 @@ class _Buffers:
     partial: Any
     stats: Any
     splits: int
-    in_clusters: bool = False
+    cluster: int = 0
 
 
 class KVCache:
@@ -95,7 +95,7 @@ class KVCache:
         # What sampling reads is on the device too, so that it may change between two launches of a graph.
         self._seen = cp.zeros((batch, config.vocab_size), cp.uint8)  # 1: in the context
         self._numbers, self._integers = cp.zeros(4, cp.float32), cp.zeros(3, cp.uint32)
-        self._graphs: dict[tuple[bool, bool], Graph] = {}  # by greedy or not, attention in clusters or not
+        self._graphs: dict[tuple[bool, int], Graph] = {}  # by greedy or not, and size of attention's clusters
         self._decode_buffers: _Buffers | None = None
         self.sampling = sampling
 
@@ -249,7 +249,7 @@ class TernaryTransformer:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> TernaryTransformer:
-        """A model from a checkpoint, a file or a folder; :func:`edgellm_cupy.formats.load_checkpoint` says what it reads.
+        """A model from a checkpoint, a file or a folder: see :func:`edgellm_cupy.formats.load_checkpoint`.
 
         `options` go to the constructor.
         """
@@ -342,13 +342,13 @@ class TernaryTransformer:
             raise ArgumentValueError(f"the cache is full: max_len = {cache.max_len}")
         if token is not cache.token:
             self._take_token(token, cache)
-        clustered = tuning.in_clusters(self.config, self.dtype, cache.batch, cache.length + 1, self._facts)
-        kind = cache.sampling.greedy, clustered
+        cluster = tuning.cluster_size(self.config, self.dtype, cache.batch, cache.length + 1, self._facts)
+        kind = cache.sampling.greedy, cluster
         graph = cache._graphs.get(kind)
         if graph is None:
             if cache._decode_buffers is None:
                 cache._decode_buffers = self._new_buffers(cache, cache.batch, cache.batch)
-            buffers = replace(cache._decode_buffers, in_clusters=clustered)
+            buffers = replace(cache._decode_buffers, cluster=cluster)
             graph = cache._graphs[kind] = capture(
                 lambda: self._forward(cache.token, cache, buffers, 0, cache.batch, head=True)
             )
@@ -486,8 +486,10 @@ class TernaryTransformer:
         last = x.reshape(batch, n, -1)[:, -1]
         _launch(
             plan,
-            (last, n * c.hidden_size, self._final_norm, self._head.values, self._head.scale, logits, best)
-            + (c.vocab_size, c.hidden_size, batch, c.rms_eps),
+            (
+                *(last, n * c.hidden_size, self._final_norm, self._head.values, self._head.scale),
+                *(logits, best, c.vocab_size, c.hidden_size, batch, c.rms_eps),
+            ),
         )
 
     def _attention(self, cache: KVCache, layer: int, b: _Buffers, first: int, n: int) -> None:
@@ -503,8 +505,10 @@ class TernaryTransformer:
             load(attention.append_spec(self.dtype, cache.dtype))(
                 (tokens, 1, 1),
                 (attention.APPEND_THREADS, 1, 1),
-                (b.qkv, q_pitch, keys, values, *scales, cache._turns, lengths)
-                + (n, c.num_heads, c.num_kv_heads, c.head_dim, pitch, cache.max_len),
+                (
+                    *(b.qkv, q_pitch, keys, values, *scales, cache._turns, lengths),
+                    *(n, c.num_heads, c.num_kv_heads, c.head_dim, pitch, cache.max_len),
+                ),
             )
         if b.partial is None:
             prefill = attention.prefill_launch(
@@ -514,8 +518,8 @@ class TernaryTransformer:
             _launch(prefill.launch, (*args, c.head_dim**-0.5, b.attended, prefill.slots))
             return
         front = (b.qkv, q_pitch, keys, values, *scales, cache._turns, lengths)
-        if b.in_clusters:
-            plan = tuning.decode_launch(c, self.dtype, cache.dtype, tokens, b.splits, cluster=True)
+        if b.cluster:
+            plan = tuning.decode_launch(c, self.dtype, cache.dtype, tokens, b.splits, b.cluster)
             _launch(plan, (*front, *sizes, None, None, b.attended))
             return
         shares = (b.partial, b.stats)
@@ -549,7 +553,7 @@ class TernaryTransformer:
     # ---- weights ----------------------------------------------------------------------------------------------------
 
     def _to_device(self, w: LayerWeights) -> _Layer:
-        cp, c = self._cp, self.config
+        c = self.config
         up, down = w.up, w.down
         if c.gated:  # a product's results meet their partners in the next row: ffn.cuh
             order = np.arange(2 * c.intermediate_size).reshape(2, -1).T.ravel()
@@ -568,8 +572,8 @@ class TernaryTransformer:
         )
 
     def _norm_to_device(self, gamma: np.ndarray | None) -> Any:
-        """In the model's dtype where that holds every weight exactly, as it does what was trained in bfloat16: each block
-        of a product reads all of them."""
+        """In the model's dtype where that holds every weight exactly, as it does most of what was trained in bfloat16:
+        each block of a product reads all of them."""
         if gamma is None:
             return None
         with np.errstate(over="ignore"):

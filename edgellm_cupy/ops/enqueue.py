@@ -63,9 +63,10 @@ def product(
     out: Any,
     ffn: int = 0,
 ) -> None:
-    """out = scale * (t @ x) + residual, with RMSNorm in front where `gamma` is given and the activation `ffn` behind it.
+    """out = scale * (t @ x) + residual, with RMSNorm in front where `gamma` is given, and the activation `ffn` behind.
 
-    ffn: 0, or one of :data:`FFN`; a gated one halves the rows of `out`, and W has gate and up in turns.
+    ffn: 0, or one of :data:`FFN`, only with `gamma`; a gated one halves the rows of `out`, and W has gate and up in
+    turns.
     choice: a strategy, or a configuration of it (for tuning); "adaptive" takes what has been tuned, where that is.
     """
     m, k = W.shape
@@ -107,7 +108,7 @@ def _streaming(
         residual,
         out,
         DTYPE_TAGS[out.dtype],
-        ffn,
+        *(() if gamma is None else (ffn,)),
         problem.m,
         problem.k,
         problem.n,

@@ -132,12 +132,10 @@ def prefill_configs(head_dim: int, kv_dtype: str) -> tuple[PrefillConfig, ...]:
     return (high, PrefillConfig(1, 64))
 
 
-def prefill_specs(head_dim: int) -> Iterator[KernelSpec]:
-    """Every specialisation of attention_prefill.cu that models of this head_dim can reach, on any device."""
-    for dtype in ("float16", "bfloat16"):
-        for kv_dtype in (dtype, "int8"):
-            for config in prefill_configs(head_dim, kv_dtype):
-                yield prefill_spec(head_dim, dtype, kv_dtype, config)
+def prefill_specs(head_dim: int, dtype: str, kv_dtype: str) -> Iterator[KernelSpec]:
+    """Every specialisation of attention_prefill.cu that models of this head_dim can reach."""
+    for config in prefill_configs(head_dim, kv_dtype):
+        yield prefill_spec(head_dim, dtype, kv_dtype, config)
 
 
 def _choose(

@@ -16,9 +16,11 @@ _HEAD_BYTES = {"int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 _DEEPEST = 10  # vectors of the head in flight a lane
 _COMBINE_THREADS = 256
 _MERGED_BYTES = 40 * 1024  # static shared memory of attention.cu for its warps' results
+DECODE_WARPS = 4
 _DECODE_SHARED_BYTES = 47 * 1024  # static shared memory of attention_decode.cu, with a little room
-CLUSTER = 8  # blocks: the most that every GPU with clusters allows
-CLUSTER_KEYS = 288  # the longest context in clusters, for each of them: longer ones need more blocks
+PORTABLE_CLUSTER, LARGE_CLUSTER = 8, 16  # blocks: the most of every GPU with clusters, and of those for data centres
+PORTABLE_KEYS = 512  # the longest context of the first: what its blocks load before the queries are there
+LARGE_KEYS = 640  # and for each cluster of the second: longer contexts need more blocks
 _LEAST_CLUSTERS = 4  # fewer leave most of the GPU idle
 KEYS_A_SPLIT = 64  # splits.cuh
 NEXT_TOKEN = KernelSpec("next_token.cu", (("THREADS", "32"),))
@@ -73,46 +75,56 @@ def decode_unsupported(x_dtype: str, device: DeviceFacts) -> str | None:
     return None
 
 
-def clusters(device: DeviceFacts) -> bool:
-    """Whether blocks of the device can form clusters."""
-    return device.arch >= 90
+def largest_cluster(device: DeviceFacts) -> int:
+    """Blocks that a cluster may have; 0: the device knows no clusters."""
+    if device.arch < 90:
+        return 0
+    return LARGE_CLUSTER if device.arch < 110 else PORTABLE_CLUSTER
 
 
-def in_clusters(config: ModelConfig, x_dtype: str, tokens: int, keys: int, device: DeviceFacts) -> bool:
-    """Whether attention_decode.cu, in clusters, serves new tokens that make contexts of up to `keys`.
+def cluster_size(config: ModelConfig, x_dtype: str, tokens: int, keys: int, device: DeviceFacts) -> int:
+    """Blocks of a cluster with which attention_decode.cu best serves new tokens that make contexts of up to `keys`.
 
-    That saves attention_combine.cu, 0.9 us a layer of nine key/value heads on an H200 and less of five; with three, too
-    few multiprocessors read (18 us more for 30 layers), and so they do with long contexts.
+    0: without clusters, which takes a second kernel. On an H200, microseconds a token (30 layers of bitnet-2b4t, five
+    key/value heads; 9 of smollm-135m-notebook, nine; 30 of smollm-135m, three: too few blocks to read at speed):
+
+        context            16   1024   2000        16   1024   2000        16   1024   2000
+        without           620    681    712       106    117    128       315    343    361
+        clusters of 8     602    692    755        98    113    132       320    370    445
+        clusters of 16    611    651    694       102    108    116       336    366    393
     """
     count = config.num_kv_heads * _parts(config, 8)[0] * tokens
-    fits = _LEAST_CLUSTERS <= count <= 2 * device.multiprocessors // CLUSTER and keys <= CLUSTER_KEYS * count
-    return fits and clusters(device) and decode_unsupported(x_dtype, device) is None
+    largest, slots = largest_cluster(device), 2 * device.multiprocessors
+    if decode_unsupported(x_dtype, device) or not largest or count < _LEAST_CLUSTERS:
+        return 0
+    if keys <= PORTABLE_KEYS:
+        return PORTABLE_CLUSTER if PORTABLE_CLUSTER * count <= slots else 0
+    fits = largest == LARGE_CLUSTER and LARGE_CLUSTER * count <= slots and keys <= LARGE_KEYS * count
+    return LARGE_CLUSTER if fits else 0
 
 
 def decode_launch(
-    config: ModelConfig, x_dtype: str, kv_dtype: str, tokens: int, splits: int, cluster: bool = False
+    config: ModelConfig, x_dtype: str, kv_dtype: str, tokens: int, splits: int, cluster: int = 0
 ) -> Launch:
-    """attention_decode.cu: four warps of 16 keys are a share's 64; in clusters eight, so that 1024 keys are under way
-    before the queries are there."""
+    """attention_decode.cu: four warps of 16 keys are a share's 64. cluster: 0, or the blocks of one."""
     parts, heads = _parts(config, 8)
-    warps = 4
-    if cluster:
-        row = 4 * (-(-config.head_dim // 64) * 64)  # bytes; of each query a warp's result, all blocks' and the query
-        fitting = (w for w in (8, 4) if row * (heads * (w + 2) + 2) <= _DECODE_SHARED_BYTES)
-        warps = next(fitting, 2)
+    # Of each query the warps' results, the query itself and what comes from the cluster; and the new key and value.
+    row = 4 * (-(-config.head_dim // 64) * 64)
+    fits = row * (heads * (DECODE_WARPS + 2) + 2) <= _DECODE_SHARED_BYTES
+    warps = DECODE_WARPS if fits or not cluster else DECODE_WARPS // 2
     macros = (
         ("X_T", X_TYPES[x_dtype]),
         ("KV_T", KV_TYPES[kv_dtype]),
         ("HEAD_DIM", str(config.head_dim)),
         ("HEADS", str(heads)),
         ("WARPS", str(warps)),
-        ("CLUSTER", str(CLUSTER if cluster else 0)),
+        ("CLUSTER", str(cluster)),
     )
     return Launch(
         KernelSpec("attention_decode.cu", macros),
-        (CLUSTER if cluster else splits, config.num_kv_heads * parts, tokens),
+        (cluster or splits, config.num_kv_heads * parts, tokens),
         (32 * warps, 1, 1),
-        cluster=CLUSTER if cluster else 1,
+        cluster=cluster or 1,
     )
 
 
@@ -160,8 +172,9 @@ def combine_launch(config: ModelConfig, x_dtype: str, tokens: int) -> Launch:
 
 
 def decoder_specs(config: ModelConfig, device: DeviceFacts) -> Iterator[KernelSpec]:
-    """The specialisations that decoders of this configuration use beside the products, for the usual choices: a head in
-    the model's dtype or int8, a KV cache in the model's dtype or int8."""
+    """The specialisations that decoders of this configuration use on the device beside the products, for the usual
+    choices: a head in the model's dtype or int8, a KV cache in the model's dtype or int8."""
+    clusters = [size for size in (PORTABLE_CLUSTER, LARGE_CLUSTER) if size <= largest_cluster(device)]
     yield from (NEXT_TOKEN, SAMPLE)
     for dtype in ("float16", "bfloat16", "float32"):
         yield norm_spec(dtype)
@@ -171,11 +184,10 @@ def decoder_specs(config: ModelConfig, device: DeviceFacts) -> Iterator[KernelSp
             for tokens in (1, 4):
                 yield head_launch(config.hidden_size, config.vocab_size, tokens, rows, dtype, device).spec
             yield append_spec(dtype, rows)
-            if dtype == "float32":
+            if decode_unsupported(dtype, device):
                 yield attention_launch(config, dtype, rows, True, 1, 1).spec
+                yield attention_launch(config, dtype, rows, False, 1, 1).spec
             else:
-                yield decode_launch(config, dtype, rows, 1, 1).spec
-                yield decode_launch(config, dtype, rows, 1, 1, cluster=True).spec
-        if dtype == "float32":  # the others' prompts go through tensor cores
-            yield attention_launch(config, dtype, dtype, False, 1, 1).spec
-    yield from prefill_specs(config.head_dim)
+                for cluster in (0, *clusters):
+                    yield decode_launch(config, dtype, rows, 1, 1, cluster).spec
+                yield from prefill_specs(config.head_dim, dtype, rows)

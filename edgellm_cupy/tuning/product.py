@@ -80,7 +80,7 @@ _TABLE = {
         ProductConfig(2, 2, 1, 5, 256, 5),
         ProductConfig(2, 2, 2, 4, 512, 4),
         ProductConfig(2, 1, 8, 4, 512, 7),
-        ProductConfig(2, 2, 4, 4, 512),
+        ProductConfig(2, 2, 4, 3, 512),
     ),
     ("int8", 4): (
         ProductConfig(4, 1, 4, 3, 512, 5),

@@ -311,20 +311,21 @@ __device__ __forceinline__ void finish(const Sums<S>& sums, int* partial, const 
 #pragma unroll
       for (int d = 1; d < S::kPlaces; d *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
     }
-    const int row = first_row<S>(tile) + results.row[r];
-    bool stores = results.exists[r] && results.place() == 0 && row < M;
-    float value = fmaf(sum * dequant[r], tail.scale[r], stores && has_residual ? to_float(tail.residual[r]) : 0.f);
-    long long at = (long long)(n0 + results.token[r]) * M + row;
+    int row = first_row<S>(tile) + results.row[r];
+    const float added = has_residual && results.exists[r] && row < M ? to_float(tail.residual[r]) : 0.f;
+    float value = fmaf(sum * dequant[r], tail.scale[r], added);
     if (ffn != kNoFfn) {
       const float up = __shfl_xor_sync(0xffffffffu, value, S::kPlaces);  // of the next row, for an even one
       value = ffn_activation(value, ffn);
       if (ffn & kGated) {
         value *= up;
-        stores = stores && row % 2 == 0;
-        at /= 2;  // M is even
+        if (row % 2) row = M;
       }
     }
-    if (stores) store_as(y, at, value, y_dtype);
+    if (results.exists[r] && results.place() == 0 && row < M) {
+      const long long at = (long long)(n0 + results.token[r]) * M + row;
+      store_as(y, at >> (ffn / kGated), value, y_dtype);  // gated: M is even
+    }
   }
 }
 

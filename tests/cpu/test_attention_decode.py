@@ -20,6 +20,7 @@ from tests.emulator import ORDERS, Emulator, Output, Scratch
 from tests.emulator.emulator import STATIC_SHARED_LIMIT
 
 CONTEXTS = (1, 2, 7, 63, 64, 129)  # keys with the new one; of one batch
+SIZES = (0, tuning.PORTABLE_CLUSTER, tuning.LARGE_CLUSTER)
 SPLITS, ROOM = 3, 5  # without clusters; positions of the cache that are never reached
 
 
@@ -41,7 +42,7 @@ class Case:
     def config(self) -> ec.ModelConfig:
         return model(num_heads=self.heads, num_kv_heads=self.kv_heads, head_dim=self.head_dim)
 
-    def plan(self, cluster: bool) -> Launch:
+    def plan(self, cluster: int) -> Launch:
         return tuning.decode_launch(self.config, self.dtype, self.kv_dtype, len(self.contexts), SPLITS, cluster)
 
     def combine(self) -> Launch:
@@ -76,7 +77,7 @@ CASES = [
 @pytest.fixture(scope="module")
 def emulator() -> Emulator:
     emulator = Emulator(per_file=4)
-    specs = [case.plan(cluster).spec for case in CASES for cluster in (False, True)]
+    specs = [case.plan(cluster).spec for case in CASES for cluster in SIZES]
     emulator.build([*dict.fromkeys(specs + [case.combine().spec for case in CASES])])
     return emulator
 
@@ -128,7 +129,7 @@ def problem_of(case: Case, rng: np.random.Generator) -> Problem:
     return Problem(case, qkv, turns, caches, after, queries)
 
 
-def attend(emulator: Emulator, p: Problem, cluster: bool, order: Any = None) -> np.ndarray:
+def attend(emulator: Emulator, p: Problem, cluster: int, order: Any = None) -> np.ndarray:
     """What the kernels compute, [B, heads, D]. The caches have the new keys and values then."""
     case, plan, combine, batch = p.case, p.case.plan(cluster), p.case.combine(), len(p.case.contexts)
     (keys, key_scales), (values, value_scales) = p.caches
@@ -176,9 +177,9 @@ def check(p: Problem, out: np.ndarray) -> None:
             )
 
 
-@pytest.mark.parametrize("cluster", [False, True], ids=["combine", "cluster"])
+@pytest.mark.parametrize("cluster", SIZES, ids=["combine", "8", "16"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_attention_of_new_tokens(emulator: Emulator, case: Case, cluster: bool) -> None:
+def test_attention_of_new_tokens(emulator: Emulator, case: Case, cluster: int) -> None:
     p = problem_of(case, np.random.default_rng(case.heads + case.head_dim))
     check(p, attend(emulator, p, cluster, ORDERS[case.head_dim // 4 % len(ORDERS)]))
     for got, expected in zip(p.caches, p.after, strict=True):
@@ -187,9 +188,9 @@ def test_attention_of_new_tokens(emulator: Emulator, case: Case, cluster: bool) 
                 np.testing.assert_array_equal(array.view(np.uint8), wanted.view(np.uint8))
 
 
-@pytest.mark.parametrize("cluster", [False, True], ids=["combine", "cluster"])
+@pytest.mark.parametrize("cluster", SIZES, ids=["combine", "8", "16"])
 @pytest.mark.parametrize("case", [GROUP_OF_3, PARTS, INT8], ids=str)
-def test_the_order_of_blocks_and_warps_does_not_matter(emulator: Emulator, case: Case, cluster: bool) -> None:
+def test_the_order_of_blocks_and_warps_does_not_matter(emulator: Emulator, case: Case, cluster: int) -> None:
     first, *others = (
         attend(emulator, problem_of(case, np.random.default_rng(0)), cluster, order) for order in (*ORDERS, 2)
     )
@@ -201,38 +202,42 @@ def test_the_order_of_blocks_and_warps_does_not_matter(emulator: Emulator, case:
 
 
 def test_clusters_need_their_hardware() -> None:
-    assert [name for name, facts in GPUS.items() if tuning.clusters(facts)] == ["H100 PCIe", "H200", "B200", "RTX 5090"]
-    nine = ModelConfig.preset("smollm-135m-notebook")  # key/value heads
+    sizes = {name: tuning.largest_cluster(facts) for name, facts in GPUS.items()}
+    large = dict.fromkeys(("H100 PCIe", "H200", "B200"), 16)
+    assert sizes == dict.fromkeys(("T4", "A100", "Jetson Orin", "RTX 4090"), 0) | large | {"RTX 5090": 8}
 
-    def in_clusters(tokens=1, keys=9 * tuning.CLUSTER_KEYS, dtype="float16", gpu=H200, config=nine):
-        return tuning.in_clusters(config, dtype, tokens, keys, gpu)
 
-    assert in_clusters()
-    assert not in_clusters(keys=9 * tuning.CLUSTER_KEYS + 1)
-    assert in_clusters(keys=9 * tuning.CLUSTER_KEYS + 1, tokens=2)
-    assert not in_clusters(tokens=4)  # more blocks than the GPU holds
-    assert not in_clusters(config=ModelConfig.preset("smollm-135m"), keys=1)  # three leave most of it idle
-    assert not in_clusters(dtype="float32", keys=1)
-    assert not in_clusters(gpu=GPUS["A100"], keys=1)
+def test_the_size_of_clusters() -> None:
+    nine, three = (ModelConfig.preset(f"smollm-135m{name}") for name in ("-notebook", ""))  # key/value heads
+
+    def size(tokens=1, keys=512, dtype="float16", gpu=H200, config=nine):
+        return tuning.cluster_size(config, dtype, tokens, keys, gpu)
+
+    assert [size(keys=keys) for keys in (1, 512, 513, 9 * 640, 9 * 640 + 1)] == [8, 8, 16, 16, 0]
+    assert [size(keys=keys, gpu=GPUS["RTX 5090"]) for keys in (512, 513)] == [8, 0]
+    assert [size(tokens=tokens) for tokens in (3, 4)] == [8, 0]  # 36 clusters are more blocks than the GPU holds
+    assert [size(tokens=tokens, keys=600) for tokens in (1, 2)] == [16, 0]
+    assert [size(config=three, tokens=tokens) for tokens in (1, 2)] == [0, 8]  # three leave most of it idle
+    assert size(dtype="float32") == size(gpu=GPUS["A100"]) == 0
 
 
 def test_a_cluster_is_a_row_of_the_grid() -> None:
-    plan = GROUP_OF_3.plan(True)
-    assert (plan.grid, plan.block, plan.cluster) == ((8, 2, len(CONTEXTS)), (256, 1, 1), 8)
-    plan = PARTS.plan(False)
+    plan = GROUP_OF_3.plan(16)
+    assert (plan.grid, plan.block, plan.cluster) == ((16, 2, len(CONTEXTS)), (128, 1, 1), 16)
+    plan = PARTS.plan(0)
     assert (plan.grid, plan.block, plan.cluster) == ((SPLITS, 2, len(CONTEXTS)), (128, 1, 1), 1)
 
 
 @pytest.mark.parametrize("heads", range(1, 9))
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 192, 256])
 def test_shared_memory_suffices(heads: int, head_dim: int) -> None:
-    plan = Case(heads, 1, head_dim).plan(True)
-    warps, row = plan.block[0] // 32, -(-head_dim // 64) * 64
-    results, queries, new = warps * heads * row, heads * row, 2 * row
-    received = 8 * -(-heads * head_dim // 8)
-    stats = 2 * (warps + 8) * heads
-    assert 4 * (results + queries + new + received + stats) <= STATIC_SHARED_LIMIT
-    assert warps == 8 or heads * row > 1024
+    row = -(-head_dim // 64) * 64
+    for cluster in SIZES[1:]:
+        warps = Case(heads, 1, head_dim).plan(cluster).block[0] // 32
+        results, queries, new = warps * heads * row, heads * row, 2 * row
+        received = cluster * -(-heads * head_dim // cluster)
+        stats = 2 * (warps + cluster) * heads
+        assert 4 * (results + queries + new + received + stats) <= STATIC_SHARED_LIMIT
 
 
 def test_every_group_and_head_dim_of_the_presets_has_a_case() -> None:
@@ -282,5 +287,6 @@ def test_float32_combines() -> None:
 
 
 def test_a_decoder_leaves_clusters_when_the_longest_sequence_is_too_long(monkeypatch: Any) -> None:
-    monkeypatch.setattr(tuning, "CLUSTER_KEYS", 2)
+    monkeypatch.setattr(tuning, "PORTABLE_KEYS", 8)
+    monkeypatch.setattr(tuning, "LARGE_KEYS", 2)
     assert decode(H200) == [(DECODE,), (), (COMBINE, DECODE), ()]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from edgellm_cupy.formats.config import PRESETS
+from edgellm_cupy.kernels.spec import KernelSpec
 from edgellm_cupy.tuning import attention
 from tests.emulated import GPUS, H200, T4, poisoned
 from tests.emulator import ORDERS, Emulator, Output
@@ -215,8 +216,14 @@ def test_the_cases_have_rings_of_every_length() -> None:
         assert {case.plan().slots for case in CASES if case.row_tiles == row_tiles} == slots
 
 
+def prefill_specs(head_dim: int) -> set[KernelSpec]:
+    """All there are, with the caches that each dtype may have."""
+    pairs = [(dtype, kv_dtype) for dtype in ("float16", "bfloat16") for kv_dtype in (dtype, "int8")]
+    return {spec for pair in pairs for spec in attention.prefill_specs(head_dim, *pair)}
+
+
 def test_every_specialisation_of_the_presets_has_a_case() -> None:
-    presets = {spec for config in PRESETS.values() for spec in attention.prefill_specs(config.head_dim)}
+    presets = {spec for config in PRESETS.values() for spec in prefill_specs(config.head_dim)}
     assert presets <= {case.plan().launch.spec for case in CASES}
 
 
@@ -365,7 +372,7 @@ def test_what_is_not_a_number_stays_so_in_an_int8_cache(emulator: Emulator) -> N
 @pytest.mark.parametrize("kv_dtype", ["float16", "int8"])
 def test_every_launch_fits(facts: Any, head_dim: int, kv_dtype: str) -> None:
     assert attention.prefill_unsupported(head_dim, "float16", kv_dtype, facts) is None
-    reachable = set(attention.prefill_specs(head_dim))
+    reachable = set(prefill_specs(head_dim))
     for heads, kv_heads, batch, tokens in [(1, 1, 1, 1), (9, 3, 5, 100), (20, 5, 1, 4096), (71, 1, 64, 700)]:
         plan = attention.prefill_launch(heads, kv_heads, head_dim, "float16", kv_dtype, batch, tokens, facts)
         launch, config = plan.launch, plan.config
@@ -388,9 +395,7 @@ def test_every_enumerated_specialisation_is_chosen_somewhere() -> None:
             if attention.prefill_unsupported(head_dim, dtype, kv_dtype, facts) is None
         }
         # bfloat16 is not on T4, for which the smallest blocks of head_dim 256 are.
-        assert chosen >= {
-            s for s in attention.prefill_specs(head_dim) if head_dim < 256 or ("X_T", "__half") in s.macros
-        }
+        assert chosen >= {s for s in prefill_specs(head_dim) if head_dim < 256 or ("X_T", "__half") in s.macros}
 
 
 def test_large_tiles_are_for_problems_that_fill_the_gpu() -> None:

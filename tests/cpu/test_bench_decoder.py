@@ -446,10 +446,7 @@ def test_a_wrong_decoder_is_found(emulator, monkeypatch):
     assert any("error" in message and "of the largest logit" in message for message in messages)
 
 
-_CLUSTERS = pytest.mark.xfail(reason="decoder_specs lists kernels in clusters for GPUs that have none", strict=False)
-
-
-@pytest.mark.parametrize("gpu", [pytest.param("A100", marks=_CLUSTERS), "H200", "B200"])
+@pytest.mark.parametrize("gpu", ["T4", "A100", "H200", "B200", "RTX 5090"])
 def test_verify_reaches_every_kernel_of_the_presets(monkeypatch, gpu):
     """Launches that do nothing, of the real shapes."""
     monkeypatch.setattr(verify, "ReferenceTransformer", verify.TernaryTransformer)

@@ -19,7 +19,7 @@ ORDERS: tuple[Order, ...] = ("forward", "reverse", 1)  # an int seeds a random o
 
 STATIC_SHARED_LIMIT = 48 * 1024
 SHARED_LIMIT = 227 * 1024  # of sm_90; an architecture with less is the caller's to check
-MAX_CLUSTER = 8
+MAX_CLUSTER = 16  # blocks; more than 8 are not portable
 MAX_THREADS = 1024
 
 
