@@ -305,7 +305,7 @@ def bench(
         str | None, typer.Option(help="A preset, or a JSON file with a configuration.", show_default=DEFAULT_MODEL)
     ] = None,
     weights: Annotated[
-        Path | None, typer.Option(help="GGUF or compact safetensors, with its configuration.", show_default="random")
+        Path | None, typer.Option(help="A checkpoint, a file or a folder.", show_default="random")
     ] = None,
     backend: Annotated[Backend, typer.Option(help="auto: the GPU where there is one.")] = Backend.auto,
     out: Annotated[

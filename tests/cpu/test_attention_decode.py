@@ -213,7 +213,7 @@ def test_the_size_of_clusters() -> None:
     def size(tokens=1, keys=512, dtype="float16", gpu=H200, config=nine):
         return tuning.cluster_size(config, dtype, tokens, keys, gpu)
 
-    assert [size(keys=keys) for keys in (1, 512, 513, 9 * 640, 9 * 640 + 1)] == [8, 8, 16, 16, 0]
+    assert [size(keys=keys) for keys in (1, 512, 513, 9 * 512, 9 * 512 + 1)] == [8, 8, 16, 16, 0]
     assert [size(keys=keys, gpu=GPUS["RTX 5090"]) for keys in (512, 513)] == [8, 0]
     assert [size(tokens=tokens) for tokens in (3, 4)] == [8, 0]  # 36 clusters are more blocks than the GPU holds
     assert [size(tokens=tokens, keys=600) for tokens in (1, 2)] == [16, 0]
