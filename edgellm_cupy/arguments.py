@@ -24,6 +24,7 @@ MODEL_DTYPES = {"float16": FLOAT16, "bfloat16": BFLOAT16, "float32": FLOAT32}
 ACTIVATIONS = ("float", "int8")
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 LARGEST_BATCH = 65_535  # a launch has one row of blocks a sequence
+LARGEST_LENGTH = 2**31 - 1  # tokens, an int32
 LARGEST_K = 4_000_000
 """Sums of codes, up to 128 in place, times 8-bit values stay below 2**31: an accumulator has at most a quarter of an
 eighth of K (kernels_cu/include/ternary_product.cuh)."""
@@ -67,6 +68,8 @@ def check_cache_size(max_len: Any, batch: Any) -> None:
             raise ArgumentTypeError(f"{name}: expected an integer, got {type(value).__name__}")
         if value < 1:
             raise ArgumentValueError(f"{name} is {value}, expected at least 1")
+    if max_len > LARGEST_LENGTH:
+        raise ArgumentValueError(f"max_len is {max_len}, expected at most {LARGEST_LENGTH}")
     if batch > LARGEST_BATCH:
         raise ArgumentValueError(f"batch is {batch}, expected at most {LARGEST_BATCH}")
 
@@ -82,6 +85,11 @@ def check_tokens(ids: np.ndarray, batch: int, length: int, max_len: int, vocab_s
     if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
         bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
         raise ArgumentValueError(f"token_ids holds {bad}, expected 0 <= token < vocabulary = {vocab_size}")
+
+
+def is_one_sequence(token_ids: Any) -> bool:
+    """Whether token ids are a number or [N], which come back without a batch dimension."""
+    return not np.iterable(token_ids) or not any(np.iterable(row) and not isinstance(row, str) for row in token_ids)
 
 
 def as_sequences(token_ids: Any, batch: int) -> list[np.ndarray]:
@@ -133,11 +141,11 @@ def check_generation(
     """Arguments of `generate`: (whether it is a single prompt, the prompts, the stop tokens)."""
     if not isinstance(max_new_tokens, (int, np.integer)) or isinstance(max_new_tokens, bool):
         raise ArgumentTypeError(f"max_new_tokens: expected an integer, got {type(max_new_tokens).__name__}")
-    if max_new_tokens < 0:
-        raise ArgumentValueError(f"max_new_tokens is {max_new_tokens}, expected at least 0")
+    if not 0 <= max_new_tokens <= LARGEST_LENGTH:
+        raise ArgumentValueError(f"max_new_tokens is {max_new_tokens}, expected 0 to {LARGEST_LENGTH}")
     if not np.iterable(token_ids) or not (prompts := list(token_ids)):
         raise ArgumentValueError("token_ids: expected at least one token, as [N], [B, N] or B sequences")
-    one = not np.iterable(prompts[0]) or isinstance(prompts[0], str)
+    one = is_one_sequence(prompts)
     rows = as_sequences(token_ids, 1 if one else len(prompts))
     for row in rows:
         check_tokens(row[None], 1, 0, row.size, vocab_size)

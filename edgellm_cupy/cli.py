@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -25,10 +24,17 @@ from typing import Annotated, Any, NoReturn, TextIO
 import typer
 
 from . import formats, runtime
-from .errors import ArgumentValueError, CheckpointError, EdgeLLMError, GpuUnavailableError
-from .formats.checkpoint import Checkpoint
+from .errors import ArgumentValueError, CheckpointError, EdgeLLMError, GpuUnavailableError, MissingDependencyError
+from .formats.checkpoint import Checkpoint, Rows
 from .formats.config import PRESETS, ModelConfig
-from .formats.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from .formats.tokenizer import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    TOKENIZER_FILE,
+    Tokenizer,
+    has_tokenizer,
+    load_tokenizer,
+)
 from .sampling import Sampling
 from .version import __version__
 
@@ -153,6 +159,10 @@ def _exit_codes() -> Iterator[None]:
         _fail(str(e), EXIT_USAGE)
     except MemoryError as e:  # CuPy's is one, too
         _fail(f"out of memory: {e}", EXIT_USAGE)
+    except BrokenPipeError:
+        raise
+    except OSError as e:  # such as of a path that is too long, or of a folder that must not be read
+        _fail(": ".join(str(part) for part in (e.filename, e.strerror or e) if part is not None), EXIT_USAGE)
     except KeyboardInterrupt:
         _fail("interrupted", EXIT_INTERRUPTED)
 
@@ -412,12 +422,17 @@ def convert(
     source: Annotated[Path, typer.Argument(help="A checkpoint, a file or a folder.")],
     target: Annotated[Path, typer.Argument(help="The safetensors file, or the folder for --to huggingface.")],
     to: Annotated[Format, typer.Option(help="compact: our own file, 2 bits a weight.")] = Format.compact,
-    head: Annotated[HeadDtype, typer.Option(help="What embedding and head are stored as.")] = HeadDtype.auto,
+    head: Annotated[
+        HeadDtype,
+        typer.Option(help="What embedding and head are stored as. Those of a quantised GGUF file come as int8."),
+    ] = HeadDtype.auto,
 ) -> None:
     """Write a checkpoint, quantised to ternary where it is not, in another format, with its tokenizer beside it."""
+    if to is Format.huggingface and head is HeadDtype.int8:
+        raise ArgumentValueError("--to huggingface has no int8 rows: --head may be float16, bfloat16 or float32")
     _check_target(source, target, to)
-    checkpoint = _with_head(formats.load_checkpoint(source), head)
-    tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
+    checkpoint = _with_head(formats.load_checkpoint(source), head, source)
+    tokenizer = _tokenizer_if_any(source)
     files = tokenizer.files() if tokenizer else {}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -426,21 +441,19 @@ def convert(
     if to is Format.compact:
         from .formats import compact
 
-        _check_replaceable(target.parent, files)  # before the work, and before anything is written
+        _check_replaceable(source, target.parent, files)  # before the work, and before anything is written
         compact.write(checkpoint, target)
         _write_files(target.parent, files)
         written = [target, *(target.parent / name for name in files)]
     else:
         from .formats import huggingface
 
-        with _whole_folder(target) as folder:
-            huggingface.write(checkpoint, folder)
-            _write_files(folder, files)
+        huggingface.write(_noting_int8(checkpoint), target, files)
         written = sorted(target.iterdir())
     for path in written:
         size = path.stat().st_size
         _print(f"written: {path}, {f'{size / 1e6:.1f} MB' if size >= 1e5 else f'{size} bytes'}")
-    if not tokenizer:
+    if not tokenizer and not has_tokenizer(source):
         _say(f"warning: {source} has no tokenizer: `edgellm generate` will need --ids")
 
 
@@ -469,7 +482,18 @@ def _tokenizer_of(path: str, needed: bool) -> Tokenizer | None:
         if needed:
             raise ArgumentValueError(f"{path} is a preset with random weights and no tokenizer: give --ids")
         return None
-    return load_tokenizer(path) if needed or has_tokenizer(path) else None
+    return load_tokenizer(path) if needed else _tokenizer_if_any(path)
+
+
+def _tokenizer_if_any(path: str | Path) -> Tokenizer | None:
+    """None where there is none, and with a warning where there is one that cannot be used."""
+    if not has_tokenizer(path):
+        return None
+    try:
+        return load_tokenizer(path)
+    except (CheckpointError, MissingDependencyError) as e:
+        _say(f"warning: going on without the tokenizer: {str(e).splitlines()[0]}")
+        return None
 
 
 def _model_of(path: str, on_gpu: bool, **options: Enum) -> Any:
@@ -554,14 +578,40 @@ class _Pace:
         return f"prefill: {rate(self.prompt, self.prefill_s)}; decode: {rate(decoded, self.decode_s)}"
 
 
-def _with_head(checkpoint: Checkpoint, head: HeadDtype) -> Checkpoint:
+def _with_head(checkpoint: Checkpoint, head: HeadDtype, source: Path) -> Checkpoint:
     """The checkpoint with embedding and head stored as `head`."""
     if head is HeadDtype.auto:
         return checkpoint
+
+    def stored(name: str, read: Callable[[], Rows]) -> Rows:
+        try:
+            return read().astype(head.value)
+        except ArgumentValueError as e:
+            raise CheckpointError(f"{source}: {name}: {e}") from e
+
     return replace(
         checkpoint,
-        read_embedding=lambda: checkpoint.embedding.astype(head.value),
-        read_head=lambda: checkpoint.head.astype(head.value),
+        read_embedding=lambda: stored("embedding", checkpoint.read_embedding),
+        read_head=lambda: stored("head", checkpoint.read_head),
+    )
+
+
+def _noting_int8(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint, with a warning for a format without int8 rows when its embedding or its head is int8."""
+    warned = False
+
+    def noting(read: Callable[[], Rows]) -> Rows:
+        nonlocal warned
+        rows = read()
+        if rows.dtype == "int8" and not warned:
+            warned = True
+            _say("warning: embedding and head are int8, which this format does not have; written as float32")
+        return rows
+
+    return replace(
+        checkpoint,
+        read_embedding=lambda: noting(checkpoint.read_embedding),
+        read_head=lambda: noting(checkpoint.read_head),
     )
 
 
@@ -573,13 +623,23 @@ def _check_target(source: Path, target: Path, to: Format) -> None:
         raise ArgumentValueError(f"{target}: a folder; name the file, such as {target / 'model.safetensors'}")
     if to is Format.huggingface and target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ArgumentValueError(f"{target}: expected a folder that is new or empty")
+    folder = source if source.is_dir() else source.parent
+    if target.is_file() and folder.is_dir() and any(p.exists() and p.samefile(target) for p in folder.iterdir()):
+        raise ArgumentValueError(f"{target}: lies in the folder of the checkpoint that is to be converted")
 
 
-def _check_replaceable(folder: Path, files: dict[str, bytes]) -> None:
-    """Another model's tokenizer is not overwritten."""
-    for name, data in files.items():
+def _check_replaceable(source: Path, folder: Path, files: dict[str, bytes]) -> None:
+    """Another model's tokenizer is neither overwritten nor adopted; the source's own may stand there."""
+    beside = source if source.is_dir() else source.parent
+    for name in {*files, TOKENIZER_FILE, CONFIG_FILE, GENERATION_FILE}:
         path = folder / name
-        if path.exists() and not (path.is_file() and path.read_bytes() == data):
+        if not path.exists():
+            continue
+        if name in files:
+            wanted: bytes | None = files[name]
+        else:
+            wanted = (beside / name).read_bytes() if (beside / name).is_file() else None
+        if not (path.is_file() and path.read_bytes() == wanted):
             raise ArgumentValueError(f"{path}: belongs to another model; choose a folder of its own")
 
 
@@ -589,22 +649,6 @@ def _write_files(folder: Path, files: dict[str, bytes]) -> None:
             (folder / name).write_bytes(data)
     except OSError as e:
         raise CheckpointError(f"{e.filename}: cannot be written: {e.strerror}") from e
-
-
-@contextmanager
-def _whole_folder(target: Path) -> Iterator[Path]:
-    """A new folder that becomes `target` when all is written, and disappears when something fails."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir()
-        yield partial
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-    except OSError as e:
-        raise CheckpointError(f"{target}: cannot be written: {e.strerror}") from e
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _why_no_gpu(backend: Backend) -> tuple[str | None, str | None]:

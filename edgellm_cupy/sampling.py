@@ -41,6 +41,7 @@ class Sampling:
             value = getattr(self, name)
             if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
                 raise ArgumentTypeError(f"{name}: expected an integer, got {type(value).__name__}")
+            object.__setattr__(self, name, int(value))  # NumPy's integers overflow
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
             value = getattr(self, name)
             if not isinstance(value, (int, float, np.floating, np.integer)) or isinstance(value, bool):

@@ -67,14 +67,15 @@ __device__ __forceinline__ unsigned word_of(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-// int8 values are multiplied by their scale in the weights, which float16 holds better as 2^8 of that.
+// int8 values are multiplied by their scale in the weights, which float16 holds better as 2^6 of that: no more, because
+// values up to 65504 have scales up to 516.
 template <typename KV>
 struct ValueUnit {
   static constexpr float kUnit = 1.f;
 };
 template <>
 struct ValueUnit<signed char> {
-  static constexpr float kUnit = 256.f;
+  static constexpr float kUnit = 64.f;
 };
 
 // One warp's keys and values of a tile: keys of rows g and g + 8; values of rows 2 q, 2 q + 1, 2 q + 8, 2 q + 9.

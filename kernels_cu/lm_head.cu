@@ -181,7 +181,7 @@ __device__ __forceinline__ void lm_head(const X* x, long long x_pitch, const flo
     if (threadIdx.x % 32 == 0) warp_best[t][threadIdx.x / 32] = key[t];
   }
   __syncthreads();
-  if (threadIdx.x < kTokens && n0 + threadIdx.x < N) {
+  if (best != nullptr && threadIdx.x < kTokens && n0 + threadIdx.x < N) {
     unsigned long long largest = 0ull;
 #pragma unroll
     for (int w = 0; w < kThreads / 32; ++w) largest = max(largest, warp_best[threadIdx.x][w]);
@@ -197,7 +197,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOKENS > 1 ? 1 : 2)
                 const uint4* values,       // W_T [V, vectors * 16 bytes], zero beyond H
                 const float* scale,        // [V], or null
                 float* logits,             // [N, V]
-                unsigned long long* best,  // [N], zero before the launch
+                unsigned long long* best,  // [N], zero before the launch; null: not wanted
                 int V, int H, int N, float eps) {
   lm_head<W_T, X_T, TOKENS, LANES, AHEAD, THREADS>(x, x_pitch, gamma, values, scale, logits, best, V, H, N, eps);
 }

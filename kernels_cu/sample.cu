@@ -348,14 +348,14 @@ __device__ __forceinline__ Wide random_bits(uint4 c, unsigned key0, unsigned key
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    KERNEL_NAME(const float* logits,       // [B, V]; NaN counts as -inf
-                unsigned char* seen,       // [B, V] 1: the token is in the context; the chosen one's is set
-                const float* numbers,      // [4] temperature, top_p, min_p, repetition_penalty
-                const unsigned* integers,  // [3] top_k, seed's low and high half
-                int* token,                // [B] out
-                int* length,               // [B] positions in the cache; `count` more afterwards
-                int first,                 // number of the first of these sequences, for the random numbers
-                int V, int count) {        // V <= 2^22, so that sums of masses fit; grid: B blocks
+    KERNEL_NAME(const float* logits,        // [B, V]; NaN counts as -inf
+                const unsigned char* seen,  // [B, V] 1: the token is in the context
+                const float* numbers,       // [4] temperature, top_p, min_p, repetition_penalty
+                const unsigned* integers,   // [3] top_k, seed's low and high half
+                int* token,                 // [B] out
+                int* length,                // [B] positions in the cache; `count` more afterwards
+                int first,                  // number of the first of these sequences, for the random numbers
+                int V, int count) {         // V <= 2^22, so that sums of masses fit; grid: B blocks
   wait_for_previous_kernels();
   let_next_kernel_start();
   const int b = blockIdx.x;
@@ -417,6 +417,5 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   if (threadIdx.x == 0) {
     token[b] = int(chosen);
     length[b] += count;
-    seen[(long long)b * V + chosen] = 1;
   }
 }

@@ -114,7 +114,7 @@ def new_emulator() -> Emulator:
 def emulated_gpu(emulator: Emulator, facts: DeviceFacts = H200) -> Iterator[EmulatedGpu]:
     """Inside, `edgellm_cupy`'s GPU functions and decoder take NumPy arrays and run in the emulator."""
     gpu = EmulatedGpu(emulator, facts)
-    stream = SimpleNamespace(is_capturing=lambda: False)
+    stream = SimpleNamespace(is_capturing=lambda: False, synchronize=lambda: None)
     gpu.cupy = cupy = SimpleNamespace(
         ndarray=np.ndarray,
         empty=poisoned,

@@ -40,6 +40,7 @@ import numpy as np
 from ..errors import ArgumentValueError
 from . import packing
 from .checkpoint import Checkpoint, Layers, LayerWeights, Rows
+from .checks import why_untrained
 from .config import ModelConfig
 from .gguf import halves_from_pairs
 from .ternary import TernaryWeight
@@ -121,7 +122,11 @@ def _config(file: TorchFile) -> ModelConfig:
             heads = beside.get("num_heads", preset.num_heads)
             if type(heads) is not int or heads < 1 or q_rows % heads:
                 raise file.error(f"{source} gives {heads!r:.80} heads, which do not divide the {q_rows} rows of query")
-            values = {**sizes, **beside, "head_dim": q_rows // heads, "tied_head": _is_tied(file)}
+            sizes["head_dim"] = q_rows // heads
+            for name, size in sizes.items():
+                if beside.get(name, size) != size:
+                    raise file.error(f"{source} gives {name} = {beside[name]!r:.80}, but its tensors give {size}")
+            values = {**beside, **sizes, "tied_head": _is_tied(file)}
             config = dataclasses.replace(preset, name=file.path.stem, **values)
     except ArgumentValueError as e:
         raise file.error(f"{source}: {e}") from e
@@ -141,20 +146,36 @@ def _beside(file: TorchFile) -> tuple[str, dict[str, Any] | None]:
             continue
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, RecursionError) as e:
             raise file.error(f"{path}: not a readable JSON file: {e}") from e
         if not isinstance(values, dict):
             raise file.error(f"{path}: expected a JSON object")
-        if values.get("hidden_act", "relu2") != "relu2" or values.get("rope_scaling") is not None:
+        rope = [values.get(key) for key in ("rope_parameters", "rope_scaling")]
+        if values.get("hidden_act", "relu2") != "relu2" or values.get("use_scaled_rope") or not all(map(_plain, rope)):
             raise file.error(
                 f"{path}: only the activation relu2 without rotary scaling is what such a checkpoint holds"
             )
+        values |= rope[0] or {}  # where transformers 5 has the base
         return str(path), {ours: values[theirs] for theirs, ours in keys.items() if values.get(theirs) is not None}
     return "2B4T", None
 
 
+def _plain(rope: Any) -> bool:
+    """Whether `rope_parameters` or `rope_scaling` says no more than a base."""
+    if rope is None:
+        return True
+    if not isinstance(rope, dict) or rope.keys() - {"type", "rope_type", "rope_theta"}:
+        return False
+    return all(rope.get(key, "default") == "default" for key in ("type", "rope_type"))
+
+
 _CONFIG_FILES = {
     "config.json": {
+        "num_hidden_layers": "num_layers",
+        "hidden_size": "hidden_size",
+        "intermediate_size": "intermediate_size",
+        "vocab_size": "vocab_size",
+        "head_dim": "head_dim",
         "num_attention_heads": "num_heads",
         "num_key_value_heads": "num_kv_heads",
         "rope_theta": "rope_theta",
@@ -162,6 +183,8 @@ _CONFIG_FILES = {
         "max_position_embeddings": "max_context",
     },
     "params.json": {
+        "n_layers": "num_layers",
+        "dim": "hidden_size",
         "n_heads": "num_heads",
         "n_kv_heads": "num_kv_heads",
         "rope_theta": "rope_theta",
@@ -248,8 +271,6 @@ def _product(file: TorchFile, name: str, parts: tuple[int, ...], pair_heads: tup
         row, byte = divmod(int(invalid.argmax()), codes.shape[1])
         raise file.error(f"tensor {name}.weight: row {row}, columns {_columns(byte)}: a code is 0, no ternary weight")
     codes -= _ZEROS
-    if (codes == _ZEROS).all():
-        raise file.error(f"tensor {name}.weight is all zero, which no trained model is")
     start = 0
     for rows, heads in zip(parts, pair_heads, strict=False):
         codes[start : start + rows] = halves_from_pairs(codes[start : start + rows], heads)
@@ -259,6 +280,11 @@ def _product(file: TorchFile, name: str, parts: tuple[int, ...], pair_heads: tup
     packed[:, : k // 4] = codes
     scale = _scales(file, f"{name}.weight_scale", len(parts))
     chunks = packed.reshape(m, packing.chunks(k), packing.CHUNK_BYTES)
+    start = 0
+    for rows, s in zip(parts, scale, strict=True):
+        if why := why_untrained(TernaryWeight(chunks[start : start + rows], s, (rows, k))):
+            raise file.error(f"tensor {name}.weight, rows {start} to {start + rows - 1}: {why}")
+        start += rows
     return TernaryWeight.from_packed(chunks, scale if len(parts) == 1 else scale.repeat(parts), (m, k))
 
 

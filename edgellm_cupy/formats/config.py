@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import ArgumentValueError, CheckpointError
 from .rotary import RopeScaling
+
+_FLOAT32 = np.finfo(np.float32)
 
 FFN_ACTIVATIONS = ("silu", "relu2")
 """relu2: the squared ReLU of BitNet b1.58 2B4T."""
@@ -85,9 +88,11 @@ class ModelConfig:
             raise ArgumentValueError(
                 f"ffn_activation is {self.ffn_activation!r}, expected one of {', '.join(FFN_ACTIVATIONS)}"
             )
-        if not (0 <= self.rms_eps < math.inf and 0 < self.rope_theta < math.inf):
+        largest, smallest = float(_FLOAT32.max), float(_FLOAT32.smallest_subnormal)
+        if not (0 <= self.rms_eps <= largest and smallest <= self.rope_theta <= largest):
             raise ArgumentValueError(
-                f"rms_eps is {self.rms_eps} and rope_theta {self.rope_theta}, expected finite numbers >= 0 and > 0"
+                f"rms_eps is {self.rms_eps!r:.80} and rope_theta {self.rope_theta!r:.80}, expected finite numbers "
+                ">= 0 and > 0 that float32 holds"
             )
 
     # ---- derived shapes ---------------------------------------------------------------------------------------------
@@ -153,7 +158,7 @@ class ModelConfig:
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, RecursionError) as e:
             raise CheckpointError(f"{path}: not a readable JSON file: {e}") from e
         return cls.from_dict(values, str(path))
 

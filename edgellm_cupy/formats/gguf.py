@@ -34,12 +34,14 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArgumentValueError, CheckpointError
+from . import packing
 from .checkpoint import Checkpoint, Layers, LayerWeights, Rows
+from .checks import why_untrained
 from .config import PRESETS, ModelConfig
 from .gguf_file import GgufFile, GgufTensor
 from .gguf_types import I2_S, dequantize, ternary_rows
 from .rotary import RopeScaling
-from .ternary import TernaryWeight, concatenate
+from .ternary import TernaryWeight, concatenate, row_blocks
 
 _PIECE = 1 << 20
 """Elements of an embedding or head that are converted at once."""
@@ -138,11 +140,16 @@ def halves_from_pairs(w: np.ndarray, num_heads: int) -> np.ndarray:
 
 def _from_floats(w: np.ndarray) -> TernaryWeight:
     """Exactly `w` where it has one magnitude beside zero, else quantised with absmean."""
-    magnitude = np.abs(w)
-    largest = magnitude.max()
-    if ((magnitude == 0) | (magnitude == largest)).all():
-        return TernaryWeight.from_int8(np.sign(w).astype(np.int8), float(largest))
-    return TernaryWeight.from_float(w)
+    largest = max(float(w.max()), -float(w.min()))
+
+    def has_one_magnitude(rows: np.ndarray) -> bool:
+        magnitude = np.abs(rows)
+        return bool(((magnitude == 0) | (magnitude == largest)).all())
+
+    if not all(has_one_magnitude(w[rows]) for rows in row_blocks(w)):
+        return TernaryWeight.from_float(w)
+    packed = [packing.pack(np.sign(w[rows]).astype(np.int8), np) for rows in row_blocks(w)]
+    return TernaryWeight.from_packed(np.concatenate(packed), largest, w.shape)
 
 
 def _row_scales(codes: np.ndarray, d: np.ndarray) -> np.ndarray | None:
@@ -159,7 +166,7 @@ def _row_scales(codes: np.ndarray, d: np.ndarray) -> np.ndarray | None:
     rows = used.any(axis=1)
     if (low[rows] != high[rows]).any():
         return None
-    scales = np.where(rows, high, 0).astype(np.float32)
+    scales = np.where(rows, high, high[rows][:1]).astype(np.float32)  # a row of zeros agrees with every scale
     return scales[rows][:1] if (scales[rows] == scales[rows][:1]).all() else scales
 
 
@@ -212,6 +219,12 @@ class _ModelFile:
     def product(self, name: str) -> TernaryWeight:
         """The ternary matrix `name`.weight, times `name`.scale."""
         tensor = self._tensors[f"{name}.weight"]
+        weight = self._ternary(name, tensor)
+        if why := why_untrained(weight):
+            raise self._error(f"tensor {tensor.name}: {why}")
+        return weight
+
+    def _ternary(self, name: str, tensor: GgufTensor) -> TernaryWeight:
         if not tensor.type.is_ternary:
             return _from_floats(self.floats(tensor.name))
         codes, d = self._codes(tensor, self._file.bytes_of(tensor))

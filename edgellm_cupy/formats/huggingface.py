@@ -22,8 +22,9 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import ml_dtypes
@@ -35,8 +36,8 @@ from .checkpoint import Checkpoint, Layers, LayerWeights, Rows
 from .checks import not_finite, why_untrained
 from .config import FFN_ACTIVATIONS, ModelConfig
 from .rotary import KINDS, RopeScaling
-from .safetensors_file import SafetensorsFile, create, shown
-from .ternary import TernaryWeight, concatenate
+from .safetensors_file import Add, Pieces, SafetensorsFile, create, shown
+from .ternary import TernaryWeight, concatenate, row_blocks
 
 _FLOATS = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32))
 _EMBEDDING, _HEAD, _FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
@@ -458,14 +459,17 @@ def _rotary(config: _Values, head_dim: int, max_context: int, default: float) ->
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def write(checkpoint: Checkpoint, folder: str | Path) -> None:
+def write(checkpoint: Checkpoint, folder: str | Path, files: Mapping[str, bytes] = MappingProxyType({})) -> None:
     """Write `checkpoint` as a folder of config.json and model.safetensors in the packed layout, one layer at a time.
 
     Reading it back gives the same codes and the same scales: weight_scale is float32, and multiplies. Norms are
     float32. Embedding and head keep their dtype; int8 rows, which this format does not have, become float32, times
     their scales, because nothing smaller holds them exactly.
 
-    The folder appears in one step, and only when it is complete.
+    A new folder appears in one step, an empty one is filled when everything is written.
+
+    Args:
+        files: what else belongs into the folder, such as a tokenizer's files, by name.
 
     Raises:
         CheckpointError: the folder is not empty or cannot be written; the format has no place for something: an FFN
@@ -476,16 +480,23 @@ def write(checkpoint: Checkpoint, folder: str | Path) -> None:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise CheckpointError(f"{folder}: cannot be written: it exists already and is not an empty folder")
     description = _describe(folder, config)
-    whole = Path(os.path.abspath(folder))  # which has a name, even for "."
+    whole = Path(os.path.realpath(folder))  # which has a name, even for "."
     partial = whole.with_name(f".{whole.name}.{os.getpid()}.partial")
     try:
         partial.mkdir()
-        with create(partial / "model.safetensors", _names(config), {"format": "pt"}) as add:
+        weights = "model.safetensors"
+        with create(partial / weights, _names(config), {"format": "pt"}, folder / weights) as add:
             description["torch_dtype"] = _write_tensors(folder, checkpoint, add)
         (partial / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        partial.replace(whole)
+        for name, data in files.items():
+            (partial / name).write_bytes(data)
+        if whole.exists():  # and may be where someone stands
+            for path in partial.iterdir():
+                path.rename(whole / path.name)
+        else:
+            partial.rename(whole)
     except OSError as e:
-        raise CheckpointError(f"{folder}: cannot be written: {e}") from e
+        raise CheckpointError(f"{folder}: cannot be written: {e.strerror or e}") from e
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -500,7 +511,7 @@ def _names(c: ModelConfig) -> Iterator[str]:
             )
 
 
-def _write_tensors(folder: Path, checkpoint: Checkpoint, add: Callable[[str, np.ndarray], None]) -> str:
+def _write_tensors(folder: Path, checkpoint: Checkpoint, add: Add) -> str:
     """Returns the dtype of the embedding, by name."""
     config = checkpoint.config
     for i, layer in enumerate(checkpoint.layers):
@@ -539,8 +550,11 @@ def _pack(weight: TernaryWeight) -> np.ndarray:
     return packed
 
 
-def _floats(rows: Rows) -> np.ndarray:
-    return rows.values if rows.scale is None else rows.to_float()
+def _floats(rows: Rows) -> np.ndarray | Pieces:
+    if rows.scale is None:
+        return rows.values
+    parts = (rows.to_float(part) for part in row_blocks(rows.values))
+    return Pieces(np.dtype(np.float32), rows.values.shape, parts)
 
 
 def _describe(folder: Path, c: ModelConfig) -> dict[str, Any]:

@@ -174,12 +174,26 @@ def _is_sizes(values: Any) -> bool:
     return isinstance(values, list) and len(values) <= 64 and all(type(n) is int and 0 <= n < 2**63 for n in values)
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """A tensor whose rows come a few at a time."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    parts: Iterable[np.ndarray]
+
+
+Add = Callable[[str, "np.ndarray | Pieces"], None]
+
+
 @contextmanager
-def create(path: Path, names: Iterable[str], metadata: dict[str, str]) -> Iterator[Callable[[str, np.ndarray], None]]:
+def create(path: Path, names: Iterable[str], metadata: dict[str, str], called: Path | None = None) -> Iterator[Add]:
     """A function `add(name, array)` that appends a tensor to what becomes `path`, in one step, when the block ends.
 
     Args:
+        path: a link is kept; the file that it leads to is replaced.
         names: of every tensor that may be added. The header stands first, is written last, and gets room for them.
+        called: what messages call the file; `path` unless given.
 
     Raises:
         CheckpointError: the file cannot be written; one that stood there is as it was.
@@ -189,20 +203,22 @@ def create(path: Path, names: Iterable[str], metadata: dict[str, str]) -> Iterat
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
 
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    whole = Path(os.path.realpath(path))
+    partial = whole.with_name(f".{whole.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as f:
             f.seek(8 + room)
 
-            def add(name: str, array: np.ndarray) -> None:
+            def add(name: str, array: np.ndarray | Pieces) -> None:
                 nonlocal end
-                data = np.ascontiguousarray(array)
+                start = end
+                for part in array.parts if isinstance(array, Pieces) else (array,):
+                    end += f.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
                 header[name] = {
-                    "dtype": _NAMES[data.dtype],
+                    "dtype": _NAMES[array.dtype],
                     "shape": list(array.shape),
-                    "data_offsets": [end, end + data.nbytes],
+                    "data_offsets": [start, end],
                 }
-                end += f.write(data.reshape(-1).view(np.uint8).data)
 
             yield add
             text = json.dumps(header, separators=(",", ":")).encode().ljust(room)
@@ -210,8 +226,8 @@ def create(path: Path, names: Iterable[str], metadata: dict[str, str]) -> Iterat
                 raise AssertionError(f"the header has {len(text)} bytes, but {room} were kept for it")
             f.seek(0)
             f.write(room.to_bytes(8, "little") + text)
-        partial.replace(path)
+        partial.replace(whole)
     except OSError as e:
-        raise CheckpointError(f"{path}: cannot be written: {e}") from e
+        raise CheckpointError(f"{called or path}: cannot be written: {e.strerror or e}") from e
     finally:
         partial.unlink(missing_ok=True)

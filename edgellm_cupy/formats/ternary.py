@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from . import packing
 from .arrays import is_cupy, namespace
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
+_BLOCK = 1 << 18
+"""Elements of a host matrix that are converted at once."""
 
 
 class TernaryWeight:
@@ -61,7 +64,7 @@ class TernaryWeight:
         """Quantise with the absmean quantiser of BitNet b1.58 (Ma et al. 2024, arXiv:2402.17764).
 
         s = 1 / max(mean(abs(w)), 1e-5);  t = clip(round_half_even(w * s), -1, 1);  w ~ t / s.  The mean is taken in
-        float64, the product in float32.
+        float64, the product in float32. A matrix in host memory is converted a few rows at a time.
 
         Args:
             w: float16, bfloat16, float32 or float64 [M, K], NumPy or CuPy, finite.
@@ -71,9 +74,10 @@ class TernaryWeight:
             ArgumentValueError: wrong shape, or a value that is not finite (its position is named).
         """
         xp = _require_matrix(w, "w", ("float16", "bfloat16", "float32", "float64"))
+        if xp is np:
+            return cls(*_absmean_of_host(w), w.shape)
         with _device_of(w):
-            with np.errstate(over="ignore"):  # a float64 beyond float32 is refused below, by name
-                w32 = w.astype(xp.float32)
+            w32 = w.astype(xp.float32)
             bad = ~xp.isfinite(w32)
             if bool(bad.any()):
                 row, col = divmod(int(bad.argmax()), w.shape[1])
@@ -178,6 +182,39 @@ def concatenate(weights: list[TernaryWeight]) -> TernaryWeight:
     scale = np.concatenate([np.broadcast_to(w.scale, (w.shape[0],)) for w in weights])
     m = sum(w.shape[0] for w in weights)
     return TernaryWeight(np.concatenate([w.packed for w in weights]), scale, (m, weights[0].shape[1]))
+
+
+def row_blocks(w: np.ndarray) -> Iterator[slice]:
+    """The rows of a host matrix, a few at a time."""
+    step = max(1, _BLOCK // w.shape[1])
+    return (slice(start, start + step) for start in range(0, len(w), step))
+
+
+def _absmean_of_host(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Packed codes and scale of `from_float`. Neither depends on the size of a block."""
+
+    def as_float32(rows: slice) -> np.ndarray:
+        with np.errstate(over="ignore"):  # a float64 beyond float32 is refused below, by name
+            return w[rows].astype(np.float32, order="C")
+
+    m, k = w.shape
+    sums = np.empty(m, np.float64)
+    for rows in row_blocks(w):
+        block = as_float32(rows)
+        bad = ~np.isfinite(block)
+        if bad.any():
+            row, col = divmod(int(bad.argmax()), k)
+            row += rows.start
+            raise ArgumentValueError(f"w[{row}, {col}] is {float(w[row, col])}, expected a finite float32")
+        sums[rows] = np.abs(block, out=block).sum(axis=1, dtype=np.float64)
+    absmean = max(float(sums.sum()) / w.size, 1e-5)
+    packed = np.empty((m, packing.chunks(k), packing.CHUNK_BYTES), np.uint8)
+    for rows in row_blocks(w):
+        block = as_float32(rows)
+        block *= np.float32(1.0 / absmean)
+        np.clip(np.rint(block, out=block), -1, 1, out=block)
+        packed[rows] = packing.pack(block.astype(np.int8), np)
+    return packed, np.full(1, absmean, np.float32)
 
 
 # ---- the checks of this file ----------------------------------------------------------------------------------------

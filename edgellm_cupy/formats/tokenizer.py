@@ -36,7 +36,8 @@ _BYTE = re.compile("<0x([0-9A-F]{2})>")
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint, a file or a folder.
 
-    A GGUF file brings its own in its header; else it is the ``tokenizer.json`` beside the weights, with the
+    In a folder the file counts that :func:`edgellm_cupy.formats.load_checkpoint` takes. A GGUF file brings its own
+    tokenizer in its header; else it is the ``tokenizer.json`` beside the weights, with the
     ``tokenizer_config.json``, ``generation_config.json`` and ``config.json`` that stand there.
 
     Raises:
@@ -304,10 +305,14 @@ class _Fields:
 
 
 def _gguf_file(path: Path) -> Path | None:
-    """The GGUF file that `path` is, or the only one in the folder that it is."""
+    """The GGUF file that `path` is, or that holds the weights of the folder that it is."""
+    from . import _in_folder
+
     if path.is_dir():
-        inside = sorted(path.glob("*.gguf"))
-        return inside[0] if len(inside) == 1 else None
+        try:
+            path = _in_folder(path)
+        except CheckpointError:  # no weights; a tokenizer may be there all the same
+            return None
     try:
         with path.open("rb") as f:
             return path if f.read(4) == b"GGUF" else None

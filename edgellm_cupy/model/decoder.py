@@ -22,6 +22,7 @@ from ..arguments import (
     check_option,
     check_sampling,
     check_tokens,
+    is_one_sequence,
 )
 from ..errors import ArgumentTypeError, ArgumentValueError
 from ..formats import load_checkpoint
@@ -232,15 +233,19 @@ class TernaryTransformer:
         check_option("dtype", dtype, ("auto", *MODEL_DTYPES))
         check_option("head", head, ("auto", *ROW_DTYPES))
         self._cp = require_gpu()
+        self._facts = current_facts()
+        if reason := tuning.head_unsupported(checkpoint.config, self._facts):
+            raise ArgumentValueError(reason)
         self._device = self._cp.cuda.runtime.getDevice()
         self.config, self.activation = checkpoint.config, activation
         self.dtype = "float16" if dtype == "auto" else dtype
-        self._facts = current_facts()
         self._layers = [self._to_device(layer) for layer in checkpoint.layers]
         self._final_norm = self._cp.asarray(checkpoint.final_norm)
         self._embedding = self._rows_to_device(checkpoint.embedding, head)
         tied = checkpoint.config.tied_head
         self._head = self._embedding if tied else self._rows_to_device(checkpoint.head, head)
+        # As ternary weights do: kernels read the head before the kernels in front of them have ended.
+        self._cp.cuda.get_current_stream().synchronize()
 
     @classmethod
     def random(cls, config: ModelConfig, seed: int = 0, **options: Any) -> TernaryTransformer:
@@ -300,15 +305,14 @@ class TernaryTransformer:
         """
         self._check_cache(cache)
         rows = as_sequences(token_ids, cache.batch)
+        one = is_one_sequence(token_ids)
         self._check_tokens(rows, cache)
-        sequences = np.repeat(np.arange(cache.batch), [row.size for row in rows])
-        cache._seen[self._cp.asarray(sequences), self._cp.asarray(np.concatenate(rows))] = 1
         if len({row.size for row in rows}) == 1:
             self._prefill(np.stack(rows), cache, 0)
         else:  # one after the other: no work is spent on padding
             for b, row in enumerate(rows):
                 self._prefill(row[None], cache, b)
-        return cache.logits[0] if not np.iterable(token_ids[0]) else cache.logits
+        return cache.logits[0] if one else cache.logits
 
     def _prefill(self, rows: np.ndarray, cache: KVCache, first: int) -> None:
         """rows: [B', N] of the sequences first, first + 1, ...; the head is only computed for the last piece."""
@@ -368,7 +372,6 @@ class TernaryTransformer:
             self._check_tokens(rows, cache)
             token = cp.asarray(np.concatenate(rows).astype(np.int32))
         cache.token[...] = token.reshape(-1)
-        cache._seen[cp.arange(cache.batch), cache.token] = 1
 
     def generate(
         self,
@@ -442,14 +445,20 @@ class TernaryTransformer:
         c, e = self.config, self._embedding
         tokens = b.x.shape[0]
         n = tokens // batch
+        part = slice(first, first + batch)
+        lengths, token, best = cache._device_lengths[part], cache.token[part], cache._best[part]
+        seen, logits = cache._seen[part], cache.logits[part]
         load(tuning.embed_spec(e.dtype))(
             (tokens, 1, 1),
             (tuning.THREADS, 1, 1),
-            (ids, e.values, e.values.shape[1], e.scale, b.x, enqueue.DTYPE_TAGS[b.x.dtype], c.hidden_size),
+            (
+                *(ids, e.values, e.values.shape[1], e.scale, b.x, enqueue.DTYPE_TAGS[b.x.dtype], c.hidden_size),
+                *(seen, n, c.vocab_size),
+            ),
         )
-        squared = c.ffn_activation == "relu2"
-        sub_eps = c.rms_eps * SQUARED_UNIT**2 if squared else c.rms_eps
-        ffn = enqueue.FFN[c.ffn_activation, c.gated]
+        scaled = c.ffn_activation == "relu2" and c.sub_norms
+        sub_eps = c.rms_eps * SQUARED_UNIT**2 if scaled else c.rms_eps
+        ffn = enqueue.FFN["relu2 scaled" if scaled else c.ffn_activation] + enqueue.FFN_GATED * c.gated
         for i, layer in enumerate(self._layers):
             self._product(b.x, layer.attn_norm, layer.qkv, None, b.qkv)
             self._attention(cache, i, b, first, n)
@@ -457,21 +466,17 @@ class TernaryTransformer:
             self._product(b.x, layer.ffn_norm, layer.up, None, b.h, ffn=ffn)
             self._product(b.h, layer.ffn_sub_norm, layer.down, b.x, b.x, eps=sub_eps)
 
-        part = slice(first, first + batch)
-        lengths, token, best = cache._device_lengths[part], cache.token[part], cache._best[part]
-        seen, logits = cache._seen[part], cache.logits[part]
+        sampled = head and not cache.sampling.greedy
         if head:
-            self._logits(b.x, n, logits, best)
-        if head and not cache.sampling.greedy:
+            self._logits(b.x, n, logits, None if sampled else best)
+        if sampled:
             load(tuning.SAMPLE)(
                 (batch, 1, 1),
                 (tuning.SAMPLE_THREADS, 1, 1),
                 (logits, seen, cache._numbers, cache._integers, token, lengths, first, c.vocab_size, n),
             )
         else:
-            load(tuning.NEXT_TOKEN)(
-                (1, 1, 1), (32, 1, 1), (best if head else None, token, seen, lengths, batch, c.vocab_size, n)
-            )
+            load(tuning.NEXT_TOKEN)((1, 1, 1), (32, 1, 1), (best if head else None, token, lengths, batch, n))
 
     def _product(
         self, x: Any, gamma: Any, weight: TernaryWeight, residual: Any, out: Any, eps: float = -1.0, ffn: int = 0
@@ -554,12 +559,10 @@ class TernaryTransformer:
 
     def _to_device(self, w: LayerWeights) -> _Layer:
         c = self.config
-        up, down = w.up, w.down
+        up = w.up
         if c.gated:  # a product's results meet their partners in the next row: ffn.cuh
             order = np.arange(2 * c.intermediate_size).reshape(2, -1).T.ravel()
             up = TernaryWeight(up.packed[order], up.scale if up.scale.size == 1 else up.scale[order], up.shape)
-        if c.ffn_activation == "relu2" and not c.sub_norms:  # with a norm behind it the unit cancels
-            down = TernaryWeight(down.packed, down.scale * np.float32(1 / SQUARED_UNIT), down.shape)
         return _Layer(
             attn_norm=self._norm_to_device(w.attn_norm),
             qkv=w.qkv.to_device(),
@@ -568,7 +571,7 @@ class TernaryTransformer:
             ffn_norm=self._norm_to_device(w.ffn_norm),
             up=up.to_device(),
             ffn_sub_norm=self._norm_to_device(w.ffn_sub_norm),
-            down=down.to_device(),
+            down=w.down.to_device(),
         )
 
     def _norm_to_device(self, gamma: np.ndarray | None) -> Any:

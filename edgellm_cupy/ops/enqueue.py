@@ -20,8 +20,9 @@ from ..tuning.product import NORM_THREADS, ProductLaunch, norm_spec
 DTYPE_TAGS = {FLOAT16: 0, BFLOAT16: 1, FLOAT32: 2}
 """Run-time dtype tags of the kernels: elements.cuh."""
 
-FFN = {("silu", False): 1, ("relu2", False): 2, ("silu", True): 5, ("relu2", True): 6}
-"""(activation, gated) -> the products' `ffn` parameter: ffn.cuh. The squared ReLU is stored as 2**-8 of it."""
+FFN = {"silu": 1, "relu2": 2, "relu2 scaled": 3}
+FFN_GATED = 4
+"""The products' `ffn` parameter, with FFN_GATED added or not: ffn.cuh. Scaled: by SQUARED_UNIT."""
 
 _NAMES = {dtype: dtype.name for dtype in DTYPE_TAGS}  # dtype.name itself takes microseconds
 _MAX_NORM_BLOCKS = 65535
@@ -65,7 +66,7 @@ def product(
 ) -> None:
     """out = scale * (t @ x) + residual, with RMSNorm in front where `gamma` is given, and the activation `ffn` behind.
 
-    ffn: 0, or one of :data:`FFN`, only with `gamma`; a gated one halves the rows of `out`, and W has gate and up in
+    ffn: 0, or of :data:`FFN`, only with `gamma`; a gated one halves the rows of `out`, and W has gate and up in
     turns.
     choice: a strategy, or a configuration of it (for tuning); "adaptive" takes what has been tuned, where that is.
     """

@@ -12,6 +12,8 @@ from .product import X_TYPES, norm_spec
 
 THREADS = 256
 _HEAD_THREADS = 256
+_HEAD_STATIC_BYTES = 1024  # of shared memory, at most, beside the tokens
+_LARGEST_VOCABULARY = 2**22  # sums of masses of sample.cu
 _HEAD_BYTES = {"int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 _DEEPEST = 10  # vectors of the head in flight a lane
 _COMBINE_THREADS = 256
@@ -36,6 +38,19 @@ def embed_spec(rows: str) -> KernelSpec:
     return KernelSpec("embed.cu", (("W_T", KV_TYPES[rows]), ("THREADS", str(THREADS))))
 
 
+def head_unsupported(config: ModelConfig, device: DeviceFacts) -> str | None:
+    """Why head and sampling cannot serve this model on the device; None when they can."""
+    needed = head_launch(config.hidden_size, config.vocab_size, 1, "float32", "float32", device).shared_bytes
+    if needed > device.block_shared_bytes - _HEAD_STATIC_BYTES:
+        return (
+            f"hidden_size is {config.hidden_size}: the head would take {needed} bytes of shared memory, of which this "
+            f"GPU gives a block {device.block_shared_bytes - _HEAD_STATIC_BYTES}"
+        )
+    if config.vocab_size > _LARGEST_VOCABULARY:
+        return f"vocab_size is {config.vocab_size}, expected at most {_LARGEST_VOCABULARY} on the GPU"
+    return None
+
+
 def head_launch(hidden: int, vocabulary: int, tokens: int, rows: str, x_dtype: str, device: DeviceFacts) -> Launch:
     """lm_head.cu for so many tokens: a persistent grid of two blocks a multiprocessor, evened out over the rows."""
     elements = 16 // _HEAD_BYTES[rows]  # of a vector
@@ -44,7 +59,7 @@ def head_launch(hidden: int, vocabulary: int, tokens: int, rows: str, x_dtype: s
     turns = -(-vectors // lanes)
     ahead = min(range(1, _DEEPEST + 1), key=lambda a: (-(-turns // a) * a - turns, -a))
     pieces = turns * lanes * (elements // 4)
-    side_by_side = 4 if tokens > 1 and 4 * pieces * 16 <= device.block_shared_bytes - 1024 else 1
+    side_by_side = 4 if tokens > 1 and 4 * pieces * 16 <= device.block_shared_bytes - _HEAD_STATIC_BYTES else 1
     steps = -(-vocabulary // (_HEAD_THREADS // lanes))
     columns = min(2 * device.multiprocessors, steps)
     macros = (

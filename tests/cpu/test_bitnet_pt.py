@@ -262,6 +262,16 @@ def test_the_configuration_beside_it(tmp_path, stored):
         ({**BESIDE, "rope_theta": "big"}, "rope_theta is 'big', expected float"),
         ({**BESIDE, "hidden_act": "silu"}, "only the activation relu2 without rotary scaling"),
         ({**BESIDE, "rope_scaling": {"type": "yarn"}}, "only the activation relu2 without rotary scaling"),
+        ({**BESIDE, "rope_scaling": "yarn"}, "only the activation relu2 without rotary scaling"),
+        ({**BESIDE, "rope_parameters": {"rope_type": "llama3", "factor": 8}}, "only the activation relu2 without rot"),
+        ({**BESIDE, "rope_parameters": {"rope_theta": 1e4, "factor": 8}}, "only the activation relu2 without rotary"),
+        ({**BESIDE, "use_scaled_rope": True}, "only the activation relu2 without rotary scaling"),
+        ({**BESIDE, "rope_theta": 1e300}, "rope_theta 1e+300, expected finite numbers"),
+        ({**BESIDE, "hidden_size": 128}, "config.json gives hidden_size = 128, but its tensors give 64"),
+        ({**BESIDE, "num_hidden_layers": 3}, "config.json gives num_layers = 3, but its tensors give 2"),
+        ({**BESIDE, "intermediate_size": 1}, "config.json gives intermediate_size = 1, but its tensors give 96"),
+        ({**BESIDE, "vocab_size": 41}, "config.json gives vocab_size = 41, but its tensors give 40"),
+        ({**BESIDE, "head_dim": 32}, "config.json gives head_dim = 32, but its tensors give 16"),
         ([], "config.json: expected a JSON object"),
     ],
 )
@@ -271,6 +281,19 @@ def test_refuses_a_configuration(tmp_path, stored, config, message):
         bitnet_pt.read(path)
     assert str(e.value).startswith(f"{path}: ")
     assert message in str(e.value)
+
+
+def test_a_configuration_nested_too_deeply(tmp_path, stored):
+    path = save(tmp_path / "model_state_int2.pt", stored)
+    (tmp_path / "config.json").write_text("[" * 200_000)
+    with pytest.raises(CheckpointError, match="config.json: not a readable JSON file"):
+        bitnet_pt.read(path)
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "default", "rope_theta": 3e4}, {"rope_theta": 3e4}])
+def test_a_base_alone_is_no_scaling(tmp_path, stored, rope):
+    path = save(tmp_path / "model_state_int2.pt", stored, {**BESIDE, "rope_parameters": rope, "rope_scaling": None})
+    assert bitnet_pt.read(path).config == dataclasses.replace(SMALL, rope_theta=3e4)
 
 
 def test_a_model_of_the_presets_sizes_needs_no_configuration(tmp_path, stored, monkeypatch):
@@ -320,7 +343,10 @@ WQKV, W2 = "layers.1.attention.wqkv.weight", "layers.1.feed_forward.w2.weight"
     [
         # Stored byte 5 is word 1, so row 1; byte 1 of it. The code of element 4x + 1 with x = 2 becomes 0.
         (_put(W2, (0, 5), 0b01000101), f"tensor {W2}: row 1, columns 1, 5, 9, 13: a code is 0, no ternary weight"),
-        (_put(W2, ..., -86), f"tensor {W2} is all zero, which no trained model is"),
+        (_put(W2, ..., -86), f"tensor {W2}, rows 0 to 63: every weight is 0, which no trained model has"),
+        (_put(W2, ..., 0x55), f"tensor {W2}, rows 0 to 63: every weight is -1, which no trained model has"),
+        (_put(W2, ..., -1), f"tensor {W2}, rows 0 to 63: every weight is 1, which no trained model has"),
+        (_put(WQKV, slice(64, 96), -1), f"tensor {WQKV}, rows 64 to 95: every weight is 1, which no trained model"),
         (_put(f"{WQKV}_scale", 2, np.nan), f"tensor {WQKV}_scale is ["),
         (_put(f"{WQKV}_scale", 1, 0), f"tensor {WQKV}_scale is ["),
         (_put("layers.0.ffn_norm.weight", 3, np.inf), "tensor layers.0.ffn_norm.weight: element [3] is not a finite"),

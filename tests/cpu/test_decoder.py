@@ -215,6 +215,50 @@ def test_sampling_may_change_between_steps(emulator):
             cache.sampling = {"temperature": 1.0}
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_greedy_after_sampling_looks_at_this_step_alone(emulator, seed):
+    with emulated_gpu(emulator):
+        model, _ = pair(emulator, replace(LLAMA, num_layers=1))
+        cache = model.new_cache(12, sampling=Sampling(temperature=1.0, seed=seed))
+        model.prefill([1, 2], cache)
+        for _ in range(6):
+            model.decode_one_token(cache.token, cache)
+        cache.sampling = Sampling()
+        for _ in range(2):
+            model.decode_one_token(cache.token, cache)
+            assert cache.token[0] == np.argmax(cache.logits[0])
+
+
+def test_the_penalty_knows_what_was_fed_not_what_was_proposed(emulator):
+    with emulated_gpu(emulator):
+        model, reference = pair(emulator, replace(LLAMA, num_layers=1))
+        caches = [m.new_cache(12, sampling=Sampling(repetition_penalty=1.3)) for m in (model, reference)]
+        for m, cache in zip((model, reference), caches, strict=True):
+            m.prefill([3, 7], cache)
+            m.prefill([9, 11], cache)
+            m.decode_one_token(5, cache)
+        np.testing.assert_array_equal(np.flatnonzero(caches[0]._seen), [3, 5, 7, 9, 11])
+        np.testing.assert_array_equal(caches[0]._seen, caches[1].seen)
+
+
+def test_a_refused_prompt_changes_nothing(emulator):
+    with emulated_gpu(emulator):
+        model, _ = pair(emulator, replace(LLAMA, num_layers=1))
+        cache = model.new_cache(4)
+        assert model.prefill(5, cache).shape == (LLAMA.vocab_size,)
+        for prompt in ([1, 2, 3, 4], [], "ab", [203]):
+            with pytest.raises((ec.ArgumentTypeError, ec.ArgumentValueError)):
+                model.prefill(prompt, cache)
+        assert cache.lengths == (1,)
+        assert cache._seen.sum() == 1
+
+
+def test_a_head_that_the_gpu_cannot_hold_is_refused(emulator):
+    wide = replace(LLAMA, num_layers=1, hidden_size=16384, num_heads=1, num_kv_heads=1, head_dim=2, vocab_size=8)
+    with emulated_gpu(emulator, GPUS["T4"]), pytest.raises(ec.ArgumentValueError, match="hidden_size is 16384"):
+        ec.TernaryTransformer(Checkpoint.random(wide))
+
+
 def test_generate_one_and_several(emulator):
     prompts = [[5, 6, 7, 8], [9]]
     with emulated_gpu(emulator):

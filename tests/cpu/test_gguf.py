@@ -267,6 +267,32 @@ def test_gguf_layers_are_read_when_they_are_asked_for(tmp_path):
         _ = checkpoint.layers[0]
 
 
+def test_gguf_memory_for_a_large_product(tmp_path):
+    """The floats of the file, and no further copy of them."""
+    config = dataclasses.replace(TINY, intermediate_size=32_768)
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, stored_tensors(tiny_floats(config)))
+    checkpoint = gguf.read(path)
+    size = gguf.GgufFile(path).tensors["blk.0.ffn_down.weight"].nbytes
+    tracemalloc.start()
+    try:
+        _ = checkpoint.layers[0]
+        assert tracemalloc.get_traced_memory()[1] < 2 * size
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16"])
+@pytest.mark.parametrize("value", [0.5, -0.5])
+def test_gguf_refuses_a_constant_matrix(tmp_path, kind, value):
+    tensors = stored_tensors(tiny_floats())
+    tensors["blk.1.ffn_down.weight"][:] = value
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, tensors, kind)
+    with pytest.raises(CheckpointError, match=rf"blk.1.ffn_down.weight: every weight is {int(2 * value)}, which no"):
+        _ = gguf.read(path).layers[1]
+
+
 def test_gguf_ternary_weights_stored_as_floats_are_taken_as_they_are(tmp_path):
     """Absmean would multiply them by the share that is not zero."""
     path, tensors = tmp_path / "tiny.gguf", stored_tensors(tiny_floats())

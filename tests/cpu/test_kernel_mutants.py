@@ -122,7 +122,7 @@ class Planted:
 PLANTED = [
     Planted("the row's scale is another's", "1.f : scale[id]", "1.f : scale[ids[0]]", embed),
     Planted("the pitch is the width", "(long long)id * pitch + h", "(long long)id * H + h", embed),
-    Planted("seen of the first sequence", "seen[(long long)b * V + next]", "seen[next]", next_token),
+    Planted("seen of the first sequence", "seen[(long long)(n / S) * V + id]", "seen[id]", embed),
     Planted("best stays", "best[b] = 0ull;", ";", next_token),
     Planted("as many sequences as threads", "b < B; b += THREADS", "b < min(B, THREADS); b += THREADS", next_token),
     Planted("no length without a head", "length[b] += count;", "if (best != nullptr) length[b] += count;", next_token),
@@ -165,9 +165,9 @@ PLANTED = [
     Planted("gate and up exchanged", "ffn_activation(v[0], ffn) * v[1]", "ffn_activation(v[1], ffn) * v[0]",
             ffn("separate")),
     Planted("the last pair of rows is lost", "if (count > 2) store_as", "if (count > 4) store_as", ffn("separate")),
-    Planted("the square is stored whole", "(r * 0x1p-8f) * r", "r * r", ffn("streaming")),
+    Planted("the square is stored whole", "? r * 0x1p-8f : r", "? r : r", ffn("streaming", "relu2 scaled")),
     Planted("NaN is lost", "v < 0.f ? 0.f : v;", "fmaxf(v, 0.f);", ffn("separate", gated=False)),
-    Planted("the sigmoid's sign", "expf(-v)", "expf(v)", ffn("streaming", "silu")),
+    Planted("the sigmoid's sign", "__expf(-v)", "__expf(v)", ffn("streaming", "silu")),
 ]  # fmt: skip
 
 

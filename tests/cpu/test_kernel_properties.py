@@ -216,8 +216,15 @@ def check_embed(
     scale = rng.uniform(1e-3, 2.0, vocabulary).astype(F32) if scaled else None
     ids = rng.choice([0, vocabulary - 1, *rng.integers(0, vocabulary, 3)], n).astype(I32)
     x = np.empty((n, hidden), dtype)
+    # The tokens of as many sequences as divide them.
+    tokens = next(s for s in (3, 2, 1) if n % s == 0)
+    seen = (rng.random((n // tokens, vocabulary)) < 0.2).astype(np.uint8)
+    marked = seen.copy()
+    marked[np.arange(n) // tokens, ids] = 1
     args = [ids, values, I32(hidden + padding), scale, Output(x), I32(DTYPE_TAGS[dtype]), I32(hidden)]
+    args += [seen, I32(tokens), I32(vocabulary)]
     emulator.launch_in_orders(tuning.embed_spec(rows).name, n, tuning.THREADS, args)
+    np.testing.assert_array_equal(seen, marked)
     expected = values[ids, :hidden].astype(F32) * (1 if scale is None else scale[ids, None])
     np.testing.assert_array_equal(x.view(np.uint8), expected.astype(dtype).view(np.uint8))
 
@@ -353,15 +360,14 @@ def check_next_token(emulator: Emulator, batch: int, vocabulary: int, count: int
     rng = np.random.default_rng(seed)
     chosen = rng.integers(0, vocabulary, batch)
     best = rng.integers(1, 2**32, batch, dtype=np.uint64) << np.uint64(32) | (~chosen.astype(np.uint32))
-    token, seen = np.full(batch, -5, I32), (rng.random((batch, vocabulary)) < 0.2).astype(np.uint8)
+    token = np.full(batch, -5, I32)
     length = rng.integers(0, 100, batch, dtype=I32)
-    expected = token.copy(), seen.copy(), length + count
+    expected = token.copy(), length + count
     if head:
         expected[0][:] = chosen
-        expected[1][np.arange(batch), chosen] = 1
-    args = [best if head else None, token, seen, length, I32(batch), I32(vocabulary), I32(count)]
+    args = [best if head else None, token, length, I32(batch), I32(count)]
     emulator.launch_in_orders(tuning.NEXT_TOKEN.name, 1, 32, args)
-    for array, right in zip((token, seen, length), expected, strict=True):
+    for array, right in zip((token, length), expected, strict=True):
         np.testing.assert_array_equal(array, right)
     assert not head or not best.any()
 

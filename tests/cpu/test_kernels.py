@@ -158,9 +158,11 @@ def ffn_bound(products: Bound, activation: str, gated: bool, dtype: Any) -> Boun
     them at the corners. f and the product are a few float32 roundings themselves, and expf overflows below -88.7.
     """
 
+    unit = SQUARED_UNIT if activation == "relu2 scaled" else 1.0
+
     def f(v: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
-            return v / (1 + np.exp(-v)) if activation == "silu" else np.maximum(v, 0) ** 2 * SQUARED_UNIT
+            return v / (1 + np.exp(-v)) if activation == "silu" else np.maximum(v, 0) ** 2 * unit
 
     low, high, reference = products.low, products.high, f(products.reference)
     ends = np.stack([f(low), f(high)])
@@ -180,7 +182,7 @@ def ffn_bound(products: Bound, activation: str, gated: bool, dtype: Any) -> Boun
 
 
 def check_ffn(emulator: Emulator, case: verify.Case, activation: str, gated: bool) -> set[KernelSpec]:
-    """Products of this problem, with and without the norm in front, and the activation of an FFN behind them."""
+    """Products of this problem behind a norm, and the activation of an FFN behind them."""
     case = replace(case, m=case.m + case.m % 2 if gated else case.m)
     rng = np.random.default_rng(case.m * case.k + case.n)
     p = verify.random_problem(case, rng)
@@ -189,10 +191,11 @@ def check_ffn(emulator: Emulator, case: verify.Case, activation: str, gated: boo
     y_dtype = case.dtype if case.n % 2 else FLOAT32 if case.dtype != FLOAT32 else FLOAT16
     x = p["x"]
     with emulated_gpu(emulator) as gpu:
-        for gamma, residual in ((p["gamma"], None), (None, p["residual"])):
+        for gamma, residual in ((p["gamma"], None), (p["gamma"], p["residual"])):
             out = poisoned((case.n, case.m // 2 if gated else case.m), y_dtype)
-            options = (case.activation, residual, case.choice, out, enqueue.FFN[activation, gated])
-            enqueue.product(gpu.cupy, x, gamma, weight, 1e-5, *options)
+            residual = None if gated else residual
+            ffn = enqueue.FFN[activation] + enqueue.FFN_GATED * gated
+            enqueue.product(gpu.cupy, x, gamma, weight, 1e-5, case.activation, residual, case.choice, out, ffn)
             products = bound(x, gamma, weight, eps=1e-5, activation=case.activation, residual=residual, dtype=FLOAT32)
             message = ffn_bound(products, activation, gated, y_dtype).check(out)
             assert message is None, message
@@ -201,7 +204,7 @@ def check_ffn(emulator: Emulator, case: verify.Case, activation: str, gated: boo
     return gpu.launched
 
 
-@pytest.mark.parametrize(("ffn", "gated"), list(enqueue.FFN))
+@pytest.mark.parametrize(("ffn", "gated"), [(ffn, gated) for ffn in enqueue.FFN for gated in (False, True)])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("strategy", ["streaming", "separate"])
 @pytest.mark.parametrize("n", [1, 2, 3, 9, 40])
@@ -223,29 +226,32 @@ def test_ffn_behind_every_configuration_of_the_products(emulator, activation):
     for i, (config, n) in enumerate(configs.items()):
         rows = 2 * config.tile + 2 if isinstance(config, dispatch.ProductConfig) else config.rows + 6
         case = verify.Case(rows, n, 300, FLOAT16, FLOAT16, activation, config)
-        reached |= check_ffn(emulator, case, *(("silu", True), ("relu2", True))[i % 2])
+        reached |= check_ffn(emulator, case, ("silu", "relu2", "relu2 scaled")[i % 3], True)
     shapes = {tuple(m for m in s.macros if m[0] not in ("X_T", "GAMMA_F32", "ALIGNED")) for s in reached}
     assert len(shapes) >= len(configs)
 
 
 def test_ffn_values_by_hand(emulator):
-    """Gate and up in turns, in every strategy; the squared ReLU is stored as 2**-8 of it."""
+    """Gate and up in turns, in every strategy."""
     t = np.array([[1, 0], [0, 1], [0, 1], [1, 0], [-1, 0], [1, 1]], np.int8)  # gate 3, 5, -3; up 5, 3, 8
     x = np.array([[3, 5]], np.float32)
     weight = ec.TernaryWeight.from_int8(t)
     silu = [v / (1 + np.exp(-v)) for v in (3, 5, -3)]
+    gamma = np.full(2, np.sqrt(17), np.float32)  # which the norm divides by
     expected = {
-        ("relu2", True): [9 * 5 / 256, 25 * 3 / 256, 0],
-        ("relu2", False): [9 / 256, 25 / 256, 25 / 256, 9 / 256, 0, 64 / 256],
+        ("relu2 scaled", True): [9 * 5 / 256, 25 * 3 / 256, 0],
+        ("relu2", True): [9 * 5, 25 * 3, 0],
+        ("relu2", False): [9, 25, 25, 9, 0, 64],
         ("silu", True): [silu[0] * 5, silu[1] * 3, silu[2] * 8],
         ("silu", False): [silu[0], silu[1], silu[1], silu[0], silu[2], 8 / (1 + np.exp(-8))],
     }
     with emulated_gpu(emulator) as gpu:
         for strategy in ("streaming", "separate"):
-            for name, values in expected.items():
+            for (activation, gated), values in expected.items():
                 out = poisoned((1, len(values)))
-                enqueue.product(gpu.cupy, x, None, weight, 0.0, "float", None, strategy, out, enqueue.FFN[name])
-                np.testing.assert_allclose(out[0], values, rtol=1e-6)
+                ffn = enqueue.FFN[activation] + enqueue.FFN_GATED * gated
+                enqueue.product(gpu.cupy, x, gamma, weight, 0.0, "float", None, strategy, out, ffn)
+                np.testing.assert_allclose(out[0], values, rtol=3e-6)
 
 
 @pytest.mark.parametrize("rows", sorted(ROW_DTYPES))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 from edgellm_cupy import ArgumentTypeError, ArgumentValueError, TernaryWeight
 from edgellm_cupy.formats import packing
+from edgellm_cupy.formats import ternary as formats_ternary
 from edgellm_cupy.formats.ternary import concatenate
 
 # K around the multiples of a chunk (64 codes), of a word (16) and of a byte (4), and everything small.
@@ -192,6 +194,31 @@ def test_from_float_of_huge_weights():
     result = TernaryWeight.from_float(w)
     np.testing.assert_allclose(result.scale, [2e38], rtol=1e-6)
     np.testing.assert_array_equal(result.to_int8(), [[1, -1, 0]])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_from_float_does_not_depend_on_blocks(monkeypatch, dtype, order):
+    w = np.asarray(np.random.default_rng(1).standard_normal((37, 65)).astype(dtype), order=order)
+    whole = TernaryWeight.from_float(w)
+    for block in (1, 65, 65 * 8):
+        monkeypatch.setattr(formats_ternary, "_BLOCK", block)
+        blocks = TernaryWeight.from_float(w)
+        np.testing.assert_array_equal(blocks.packed, whole.packed)
+        np.testing.assert_array_equal(blocks.scale, whole.scale)
+    w[20, 3] = np.nan
+    with pytest.raises(ArgumentValueError, match=re.escape("w[20, 3] is nan")):
+        TernaryWeight.from_float(w)
+
+
+def test_from_float_makes_no_copy_of_the_matrix():
+    w = np.random.default_rng(1).standard_normal((4096, 1024)).astype(np.float16)
+    tracemalloc.start()
+    try:
+        TernaryWeight.from_float(w)
+        assert tracemalloc.get_traced_memory()[1] < w.nbytes
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
