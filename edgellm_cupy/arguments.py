@@ -141,8 +141,10 @@ def check_generation(
     """Arguments of `generate`: (whether it is a single prompt, the prompts, the stop tokens)."""
     if not isinstance(max_new_tokens, (int, np.integer)) or isinstance(max_new_tokens, bool):
         raise ArgumentTypeError(f"max_new_tokens: expected an integer, got {type(max_new_tokens).__name__}")
-    if not 0 <= max_new_tokens <= LARGEST_LENGTH:
-        raise ArgumentValueError(f"max_new_tokens is {max_new_tokens}, expected 0 to {LARGEST_LENGTH}")
+    if max_new_tokens < 0:
+        raise ArgumentValueError(f"max_new_tokens is {max_new_tokens}, expected at least 0")
+    if max_new_tokens > LARGEST_LENGTH:
+        raise ArgumentValueError(f"max_new_tokens is {max_new_tokens}, expected at most {LARGEST_LENGTH}")
     if not np.iterable(token_ids) or not (prompts := list(token_ids)):
         raise ArgumentValueError("token_ids: expected at least one token, as [N], [B, N] or B sequences")
     one = is_one_sequence(prompts)

@@ -24,6 +24,7 @@ from typing import Annotated, Any, NoReturn, TextIO
 import typer
 
 from . import formats, runtime
+from .arguments import LARGEST_LENGTH
 from .errors import ArgumentValueError, CheckpointError, EdgeLLMError, GpuUnavailableError, MissingDependencyError
 from .formats.checkpoint import Checkpoint, Rows
 from .formats.config import PRESETS, ModelConfig
@@ -283,6 +284,8 @@ def generate(
         if len(tokens) >= context:
             raise ArgumentValueError(f"--context is {context}, but the prompt alone has {len(tokens)} tokens")
         max_new_tokens = min(max_new_tokens, context - len(tokens))
+    if max_new_tokens > LARGEST_LENGTH:  # before the model is read
+        raise ArgumentValueError(f"--max-new-tokens is {max_new_tokens}, expected at most {LARGEST_LENGTH}")
     no_gpu, remedy = _why_no_gpu(backend)
     if remedy:
         _say(f"edgellm generate: {no_gpu}; {remedy}. Generating on the NumPy backend, slowly.")

@@ -286,7 +286,7 @@ def test_refuses_a_configuration(tmp_path, stored, config, message):
 def test_a_configuration_nested_too_deeply(tmp_path, stored):
     path = save(tmp_path / "model_state_int2.pt", stored)
     (tmp_path / "config.json").write_text("[" * 200_000)
-    with pytest.raises(CheckpointError, match="config.json: not a readable JSON file"):
+    with pytest.raises(CheckpointError, match=r"config.json: not a readable JSON file"):
         bitnet_pt.read(path)
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from edgellm_cupy import cli, runtime, tuning, verify, version
 from edgellm_cupy.bench import report, scaling, suite
 from edgellm_cupy.formats import compact, huggingface, load_checkpoint
 from edgellm_cupy.formats.checkpoint import Checkpoint
+from edgellm_cupy.formats.safetensors_file import SafetensorsFile
 from edgellm_cupy.formats.tokenizer import load_tokenizer
 from edgellm_cupy.reference import decoder as reference
 from tests.emulated import H200
@@ -389,6 +391,8 @@ def test_a_terminal_without_unicode(tmp_path, folder):
         (["-p", "a", "--top-p", "1.5"], "top_p is 1.5, expected above 0, up to 1"),
         (["-p", "a", "--temperature", "nan"], "temperature is nan"),
         (["-p", "a", "--seed", "-1"], "seed is -1"),
+        (["-p", "a", "-n", str(2**70)], f"--max-new-tokens is {2**70}, expected at most {2**31 - 1}"),
+        (["--prompt-file", "x" * 300], "File name too long"),
         (["--prompt-file", "missing"], "--prompt-file: missing: not a readable file: No such file"),
         (["--prompt-file", "latin"], "--prompt-file: latin: byte 1 is not UTF-8"),
         (["-p", "a", "--backend", "cuda"], "no usable GPU"),
@@ -536,6 +540,9 @@ def test_convert_refuses_a_target_before_it_reads(tmp_path, folder):
         (weights, tmp_path, [], f"a folder; name the file, such as {tmp_path / 'model.safetensors'}"),
         (weights, tmp_path / "full", ["--to", "huggingface"], "expected a folder that is new or empty"),
         (folder, weights, ["--to", "huggingface"], "expected a folder that is new or empty"),
+        (folder, weights, [], "lies in the folder of the checkpoint that is to be converted"),
+        (weights, folder / "tokenizer.json", [], "lies in the folder of the checkpoint that is to be converted"),
+        (folder, tmp_path / "out", ["--to", "huggingface", "--head", "int8"], "--to huggingface has no int8 rows"),
         ("missing", tmp_path / "b", [], "not a readable file"),
     ):
         result = invoke("convert", str(source), str(target), *options)
@@ -559,16 +566,131 @@ def test_convert_leaves_the_tokenizer_of_another_model_alone(tmp_path, folder):
 
 @pytest.mark.parametrize("existing", [False, True])
 def test_convert_that_fails_leaves_nothing(tmp_path, folder, monkeypatch, existing):
-    def fail(checkpoint, to):
-        (to / "config.json").write_text("{}")
+    def fail(folder, checkpoint, add):
+        add("model.norm.weight", checkpoint.final_norm)
         raise ec.CheckpointError("layer 1 is damaged")
 
-    monkeypatch.setattr(huggingface, "write", fail)
+    monkeypatch.setattr(huggingface, "_write_tensors", fail)
     if existing:
         (tmp_path / "out").mkdir()
     result = invoke("convert", str(folder), str(tmp_path / "out"), "--to", "huggingface")
     assert (result.exit_code, result.stderr) == (2, "error: layer 1 is damaged\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", *["out"] * existing]
+
+
+def test_convert_leaves_every_shard_of_its_source_alone(tmp_path):
+    folder = tmp_path / "sharded"
+    huggingface.write(Checkpoint.random(ec.ModelConfig.from_dict(TINY)), folder)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    shard = SafetensorsFile(folder / "model-00001-of-00001.safetensors")
+    places = dict.fromkeys(shard.entries, shard.path.name)
+    write_json(folder / "model.safetensors.index.json", {"weight_map": places})
+    load_checkpoint(folder)
+    before = shard.path.read_bytes()
+    (tmp_path / "link").symlink_to(shard.path)
+    for source in (folder, folder / "model.safetensors.index.json"):
+        for target in (shard.path, tmp_path / "link"):
+            result = invoke("convert", str(source), str(target))
+            assert result.exit_code == 2
+            assert "lies in the folder of the checkpoint" in result.stderr
+    assert shard.path.read_bytes() == before
+
+
+def test_convert_replaces_an_earlier_result(tmp_path, folder):
+    target = tmp_path / "b.safetensors"
+    for head in ("float32", "bfloat16"):
+        assert invoke("convert", str(folder), str(target), "--head", head).exit_code == 0
+        assert load_checkpoint(target).embedding.dtype == head
+
+
+@pytest.mark.parametrize("to", ["compact", "huggingface"])
+def test_a_tokenizer_that_cannot_be_used_is_left_out(tmp_path, folder, to, monkeypatch):
+    ids = ["--ids", "1,2", "-n", "3"]
+    (folder / "tokenizer.json").unlink()
+    expected = generate(folder, *ids).stdout
+    (folder / "tokenizer.json").write_text("{}")
+    (tmp_path / "out").mkdir()
+    target = tmp_path / "out" / "b.safetensors" if to == "compact" else tmp_path / "out"
+    warning = r"warning: going on without the tokenizer: \S+tokenizer.json: not a readable tokenizer: .*\n"
+    result = invoke("convert", str(folder), str(target), "--to", to)
+    assert result.exit_code == 0, result.output
+    assert re.fullmatch(warning, result.stderr)
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    result = generate(folder, *ids)
+    assert re.fullmatch(warning, result.stderr)
+    assert result.stdout == expected
+    assert generate(folder, "-p", "a").exit_code == 2
+
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    result = generate(folder, *ids)
+    assert result.stdout == expected
+    assert re.fullmatch(r"warning: going on without .* pip install 'edgellm-cupy\[models\]'.*\n", result.stderr)
+
+
+def test_convert_adopts_no_tokenizer(tmp_path, folder):
+    ours = (folder / "tokenizer.json").read_bytes()
+    bare, out = tmp_path / "bare.safetensors", tmp_path / "out"
+    compact.write(Checkpoint.random(ec.ModelConfig.from_dict(TINY)), bare)
+    out.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (out / name).write_text("{}")
+        result = invoke("convert", str(bare), str(out / "b.safetensors"))
+        assert result.exit_code == 2
+        assert result.stderr == f"error: {out / name}: belongs to another model; choose a folder of its own\n"
+        (out / name).unlink()
+    (out / "tokenizer_config.json").write_text("{}")  # not among the files of this source
+    assert "belongs to another model" in invoke("convert", str(folder), str(out / "b.safetensors")).stderr
+    assert not (out / "b.safetensors").exists()
+    result = invoke("convert", str(folder), str(folder / "b.safetensors"))  # beside its own
+    assert result.exit_code == 0, result.output
+    assert (folder / "tokenizer.json").read_bytes() == ours
+
+
+def test_convert_into_the_current_folder(tmp_path, folder, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    result = invoke("convert", str(folder), ".", "--to", "huggingface")
+    assert result.exit_code == 0, result.output
+    names = sorted(os.listdir("."))  # the folder itself is still there
+    assert names == ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+    assert re.findall(r"written: (\S+),", result.stdout) == names
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint", "out"]
+
+
+def test_convert_says_that_int8_rows_become_float32(tmp_path, folder):
+    assert invoke("convert", str(folder), str(tmp_path / "a"), "--head", "int8").exit_code == 0
+    result = invoke("convert", str(tmp_path / "a"), str(tmp_path / "out"), "--to", "huggingface")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == (
+        "warning: embedding and head are int8, which this format does not have; written as float32\n"
+    )
+    assert load_checkpoint(tmp_path / "out").embedding.dtype == "float32"
+
+
+@pytest.mark.parametrize("name", ["embedding", "head"])
+def test_convert_names_the_table_that_a_dtype_cannot_hold(tmp_path, name):
+    checkpoint = Checkpoint.random(ec.ModelConfig.from_dict(TINY | {"tied_head": False}), head="float32")
+    rows = checkpoint.embedding
+    rows.values[3, 4] = 1e6
+    source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    compact.write(replace(checkpoint, **{f"read_{name}": lambda: rows}), source)
+    result = invoke("convert", str(source), str(target), "--head", "float16")
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {source}: {name}: a value ")
+    assert result.stderr.endswith("is not finite as float16\n")
+    assert not target.exists()
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path, folder, monkeypatch):
+    long = "x" * 300
+    for arguments in (["convert", str(folder), long], ["convert", long, "x"], ["generate", long, "--ids", "1"]):
+        result = invoke(*arguments)
+        assert result.exit_code == 2
+        assert re.fullmatch(rf"error: (\S*/)?{long}: .*File name too long\n", result.stderr)
+    denied = PermissionError(13, "Permission denied", "secret")
+    monkeypatch.setattr(cli.formats, "load_checkpoint", lambda path: _raise(denied))
+    result = invoke("convert", str(folder), str(tmp_path / "x"))
+    assert (result.exit_code, result.stderr) == (2, "error: secret: Permission denied\n")
 
 
 # ---- 2: wrong usage -------------------------------------------------------------------------------------------------

@@ -116,6 +116,16 @@ def test_compact_is_two_bits_a_weight(tmp_path):
     assert path.stat().st_size < 1.02 * (weights / 4 + embedding) + 16_000
 
 
+def test_compact_replaces_what_a_link_leads_to(tmp_path):
+    (tmp_path / "there").mkdir()
+    real, link = written(tmp_path / "there" / "real", b"old"), tmp_path / "link"
+    link.symlink_to(real)
+    compact.write(Checkpoint.random(TINY), link)
+    assert link.is_symlink()
+    assert_same(compact.read(real), compact.read(link))
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["real"]
+
+
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import tracemalloc
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 import edgellm_cupy.formats
-from edgellm_cupy import CheckpointError, TernaryWeight
+from edgellm_cupy import ArgumentValueError, CheckpointError, ModelConfig, TernaryWeight
+from edgellm_cupy.arguments import check_cache_size, check_generation
 from edgellm_cupy.formats import compact, gguf, huggingface, load_checkpoint
 from edgellm_cupy.formats.checkpoint import Checkpoint
 from edgellm_cupy.formats.checks import not_finite, why_untrained
@@ -191,3 +193,30 @@ def test_why_untrained(k):
             why_untrained(TernaryWeight.from_int8(t, np.float32([1, 0, 1])))
             == "a scale is 0, which no trained model has"
         )
+
+
+# ---- configurations and arguments -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rope_theta": x} for x in (10**400, 1e300, 1e-50, 0, float("nan"))] + [{"rms_eps": x} for x in (10**400, 1e300)],
+)
+def test_a_configuration_has_numbers_of_float32(change):
+    with pytest.raises(ArgumentValueError, match="that float32 holds"):
+        dataclasses.replace(ModelConfig.preset("smollm-135m"), **change)
+
+
+def test_a_configuration_nested_too_deeply(tmp_path):
+    with pytest.raises(CheckpointError, match=r"c.json: not a readable JSON file"):
+        ModelConfig.from_json(written(tmp_path / "c.json", b"[" * 200_000))
+
+
+def test_lengths_fit_31_bits():
+    check_cache_size(2**31 - 1, 1)
+    check_generation([1], 2**31 - 1, (), 2)
+    with pytest.raises(ArgumentValueError, match="max_len is 2147483648, expected at most 2147483647"):
+        check_cache_size(2**31, 1)
+    for n in (2**31, 10**30):
+        with pytest.raises(ArgumentValueError, match=f"max_new_tokens is {n}, expected at most 2147483647"):
+            check_generation([1], n, (), 2)

@@ -271,7 +271,8 @@ def test_gguf_memory_for_a_large_product(tmp_path):
     """The floats of the file, and no further copy of them."""
     config = dataclasses.replace(TINY, intermediate_size=32_768)
     path = tmp_path / "tiny.gguf"
-    write_gguf(path, stored_tensors(tiny_floats(config)))
+    metadata = {"llama.feed_forward_length": config.intermediate_size}
+    write_gguf(path, stored_tensors(tiny_floats(config)), metadata=metadata)
     checkpoint = gguf.read(path)
     size = gguf.GgufFile(path).tensors["blk.0.ffn_down.weight"].nbytes
     tracemalloc.start()

@@ -6,6 +6,7 @@ The files are made here from the format's definition, with the package safetenso
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import shutil
 import tracemalloc
@@ -409,6 +410,21 @@ def test_streams(tmp_path, body):
         assert tracemalloc.get_traced_memory()[1] < 2 * largest
         tracemalloc.reset_peak()
         compact.write(checkpoint, tmp_path / "compact")
+        assert tracemalloc.get_traced_memory()[1] < 2 * largest
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("dtype", [BF16, np.float32])
+def test_reading_a_large_product_makes_no_copy_of_it(tmp_path, dtype):
+    c = ModelConfig("wide", 1, 64, 32_768, 4, 2, 16, vocab_size=40)
+    tensors = {name: np.asarray(t, dtype) for name, t in model(c, "float").tensors.items()}
+    folder = save(tmp_path, config_json(c, None, head_dim=16), tensors)
+    largest = tensors["model.layers.0.mlp.down_proj.weight"].nbytes
+    assert largest == max(t.nbytes for t in tensors.values())
+    tracemalloc.start()
+    try:
+        read_all(load_checkpoint(folder))
         assert tracemalloc.get_traced_memory()[1] < 2 * largest
     finally:
         tracemalloc.stop()
@@ -862,6 +878,42 @@ def test_int8_rows_become_float32(tmp_path):
     huggingface.write(checkpoint, tmp_path / "tiny")
     assert json.loads((tmp_path / "tiny" / "config.json").read_text())["torch_dtype"] == "float32"
     assert_same_array(load_checkpoint(tmp_path / "tiny").embedding.values, checkpoint.embedding.to_float())
+
+
+def test_int8_rows_are_written_in_pieces(tmp_path):
+    config = dataclasses.replace(TINY, vocab_size=40_000)
+    checkpoint = Checkpoint.random(config, head="int8")
+    rows = checkpoint.embedding
+    checkpoint = dataclasses.replace(checkpoint, read_embedding=lambda: rows, read_head=lambda: rows)
+    tracemalloc.start()
+    try:
+        huggingface.write(checkpoint, tmp_path / "tiny")
+        assert tracemalloc.get_traced_memory()[1] < 2 * rows.nbytes
+    finally:
+        tracemalloc.stop()
+    assert_same_array(load_checkpoint(tmp_path / "tiny").embedding.values, rows.to_float())
+
+
+def test_messages_name_the_folder_that_was_asked_for(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device", "tiny/.partial/x")
+
+    monkeypatch.setattr(huggingface, "_write_tensors", full)
+    with pytest.raises(CheckpointError) as e:
+        huggingface.write(random(TINY), tmp_path / "tiny")
+    assert str(e.value) == f"{tmp_path / 'tiny' / 'model.safetensors'}: cannot be written: No space left on device"
+    assert not any(tmp_path.iterdir())
+
+
+def test_other_files_come_into_the_folder_too(tmp_path):
+    (tmp_path / "tiny").mkdir()
+    inode = (tmp_path / "tiny").stat().st_ino
+    huggingface.write(random(TINY), tmp_path / "tiny", {"tokenizer.json": b"{}"})
+    names = ["config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(path.name for path in (tmp_path / "tiny").iterdir()) == names
+    assert (tmp_path / "tiny" / "tokenizer.json").read_bytes() == b"{}"
+    assert (tmp_path / "tiny").stat().st_ino == inode  # whoever stands in it still does
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
 @pytest.mark.parametrize(

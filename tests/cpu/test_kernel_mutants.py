@@ -101,7 +101,7 @@ def many_shares(emulator: Emulator) -> None:
 
 
 @cache
-def ffn(strategy: str, activation: str = "relu2", gated: bool = True) -> Callable[[Emulator], None]:
+def ffn(strategy: str, activation: str = "relu2 scaled", gated: bool = True) -> Callable[[Emulator], None]:
     def check_it(emulator: Emulator) -> None:
         case = verify.Case(40, 3, 300, FLOAT16, FLOAT32, "int8", strategy)
         check_ffn(emulator, case, activation, gated)
@@ -158,10 +158,9 @@ PLANTED = [
             attention("float32", True)),
     Planted("shares are not weighted", "weight = exp2f(share.x - larger)", "weight = 1.f", many_shares),
     Planted("a share too many is used", "+ n % S + 1, splits)", "+ n % S + 2, splits)", attention("float32", True)),
-    Planted("gate and up exchanged", "value = ffn_activation(value, ffn);\n      if (ffn & kGated) {\n"
-            "        value *= up;",
-            "value = ffn_activation(ffn & kGated ? up : value, ffn) * (ffn & kGated ? value : 1);\n"
-            "      if (ffn & kGated) {", ffn("streaming")),
+    Planted("gate and up exchanged", "value = ffn_activation(value, ffn);",
+            "value = ffn & kGated ? ffn_activation(up, ffn) * value / up : ffn_activation(value, ffn);",
+            ffn("streaming")),
     Planted("gate and up exchanged", "ffn_activation(v[0], ffn) * v[1]", "ffn_activation(v[1], ffn) * v[0]",
             ffn("separate")),
     Planted("the last pair of rows is lost", "if (count > 2) store_as", "if (count > 4) store_as", ffn("separate")),

@@ -193,7 +193,6 @@ def check_ffn(emulator: Emulator, case: verify.Case, activation: str, gated: boo
     with emulated_gpu(emulator) as gpu:
         for gamma, residual in ((p["gamma"], None), (p["gamma"], p["residual"])):
             out = poisoned((case.n, case.m // 2 if gated else case.m), y_dtype)
-            residual = None if gated else residual
             ffn = enqueue.FFN[activation] + enqueue.FFN_GATED * gated
             enqueue.product(gpu.cupy, x, gamma, weight, 1e-5, case.activation, residual, case.choice, out, ffn)
             products = bound(x, gamma, weight, eps=1e-5, activation=case.activation, residual=residual, dtype=FLOAT32)

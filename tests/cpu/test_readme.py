@@ -15,7 +15,7 @@ from edgellm_cupy.bench import table_figures
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
 REPORTS = [f"{where}/{model}" for where in ("h200", "numpy") for model in ("smollm-135m", "smollm2-135m")]
-REPORTS[1:1] = ["h200/smollm-135m-notebook", "h200/bitnet-2b4t"]
+REPORTS[1:1] = ["h200/smollm-135m-notebook", "h200/bitnet-2b4t", "h200/bitnet-2b4t-int8-head"]
 TABLE = "h200/table"  # the latency part on sixteen shapes
 BEGIN = "<!-- results: made by `pytest tests/cpu/test_readme.py` from the files named below -->"
 END = "<!-- end of results -->"

@@ -537,7 +537,7 @@ def test_decoder_against_loops(config, activation):
 @CONFIGS
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_decoder_rounds_what_the_gpu_stores_and_nothing_else(config, dtype):
-    model = model_of(config, dtype=dtype)
+    model = model_of(config, dtype=dtype, seed=2)  # no sum lies so close to a tie that float32 tips it
     logits = model.prefill(PROMPT[:4], model.new_cache(4))
     expected, not_rounded, rounded_twice = (
         plain_logits(model.checkpoint, PROMPT[:4], "float", **options)
