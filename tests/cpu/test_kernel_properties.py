@@ -440,6 +440,13 @@ def test_more_shares_than_a_block_combines_at_a_time(emulator: Emulator, model: 
     check_attention(emulator, Attention(model, "float32", "int8", True, (length,), splits=splits, sharpness=4.0))
 
 
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize(("dtype", "kv"), [(d, kv) for d in ("bfloat16", "float32") for kv in (d, "int8")])
+@pytest.mark.parametrize("model", sorted(PRESETS))
+def test_attention_without_tensor_cores(emulator: Emulator, model: str, dtype: str, kv: str, rotate: bool) -> None:
+    check_attention(emulator, Attention(model, dtype, kv, rotate, (3, 70), splits=2, sharpness=1.0))
+
+
 def check_attention(emulator: Emulator, a: Attention) -> None:
     """Both kernels, against softmax in float64. Each output may be off by, of the weighted values' magnitudes: what
     scores are off by (float32 sums, their differences), in the weight and in their sum, and the float32 arithmetic of a
