@@ -71,6 +71,12 @@ CASES = [
     Case(3, 1, 64, "bfloat16", "bfloat16", (1000, 5)),
     Case(1, 1, 64, "float16", "int8", (1000,)),
     Case(1, 1, 16, contexts=(1400, 1025)),
+    *(  # the presets, with every dtype and cache
+        Case(group, 1, head_dim, dtype, kv_dtype, (70, 5))
+        for group, head_dim in ((3, 64), (1, 64), (4, 128))
+        for dtype in ("float16", "bfloat16")
+        for kv_dtype in (dtype, "int8")
+    ),
 ]
 
 
