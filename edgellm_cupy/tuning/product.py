@@ -73,7 +73,7 @@ _TABLE = {
         ProductConfig(1, 4, 1, 4, 256, 4, 2),
         ProductConfig(1, 2, 2, 7, 384, 5),
         ProductConfig(1, 2, 4, 4, 512, 4),
-        ProductConfig(1, 2, 8, 4, 512, 7),
+        ProductConfig(1, 2, 8, 3, 512, 7),
         ProductConfig(1, 2, 8, 4, 512),
     ),
     ("int8", 2): (
@@ -83,9 +83,9 @@ _TABLE = {
         ProductConfig(2, 2, 4, 3, 512),
     ),
     ("int8", 4): (
-        ProductConfig(4, 1, 4, 3, 512, 5),
+        ProductConfig(4, 1, 4, 2, 512, 5),
         ProductConfig(4, 1, 4, 2, 512, 8),
-        ProductConfig(4, 2, 4, 4, 512),
+        ProductConfig(4, 2, 4, 3, 512),
     ),
     ("float", 1): (
         ProductConfig(1, 1, 3, 1, 192, 1),
