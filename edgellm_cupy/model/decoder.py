@@ -479,9 +479,9 @@ class TernaryTransformer:
             load(tuning.NEXT_TOKEN)((1, 1, 1), (32, 1, 1), (best if head else None, token, lengths, batch, n))
 
     def _product(
-        self, x: Any, gamma: Any, weight: TernaryWeight, residual: Any, out: Any, eps: float = -1.0, ffn: int = 0
+        self, x: Any, gamma: Any, weight: TernaryWeight, residual: Any, out: Any, eps: float | None = None, ffn: int = 0
     ) -> None:
-        eps = self.config.rms_eps if eps < 0 else eps
+        eps = self.config.rms_eps if eps is None else eps
         enqueue.product(self._cp, x, gamma, weight, eps, self.activation, residual, "adaptive", out, ffn)
 
     def _logits(self, x: Any, n: int, logits: Any, best: Any) -> None:
