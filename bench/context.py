@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+import time
+import traceback
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import edgellm_cupy as ec
 
 from ..formats.checkpoint import Checkpoint
 from ..sampling import Sampling
+from .journal import NOWHERE, Journal, JournalError
+from .machine.telemetry import Telemetry
+from .metrics import missing
+
+T = TypeVar("T")
+
+INTERRUPTED = "interrupted before it was measured"
 
 
 class WrongResultError(ec.EdgeLLMError):
@@ -30,11 +40,17 @@ class Context:
         no_gpu: why there is no GPU to measure, in one line; None when `backend` is ``"cuda"``.
         quick: shorter windows and fewer samples, for a first look; reports say so.
         progress: called with a line for each step that begins.
-        tokens: measure the table of shapes for these numbers of tokens (:mod:`.table`) in place of the workload's
+        tokens: measure the table of shapes for these numbers of tokens (:mod:`.parts.table`) in place of the workload's
             products; empty: the workload's.
         activation, dtype, head: of the decoder, as its constructor takes them.
         kv_dtype: of every cache, as its `new_cache` takes it.
+        whole: all parts are measured; one that is measured alone may take longer and look closer.
+        seed: of the order in which rows are measured, so that no row always follows the same other one.
+        journal: keeps each finished row, and hands out those that an interrupted run has left.
+        telemetry: watches the GPU.
         failures: one line for each kernel that failed its check against the reference.
+        errors: row that could not be measured -> {reason, traceback}.
+        interrupted: Ctrl-C was pressed; no further row is measured.
     """
 
     checkpoint: Checkpoint
@@ -46,7 +62,16 @@ class Context:
     dtype: str = "auto"
     head: str = "auto"
     kv_dtype: str = "auto"
+    whole: bool = False
+    seed: int = 0
+    journal: Journal = NOWHERE
+    telemetry: Telemetry = field(init=False)
     failures: list[str] = field(default_factory=list)
+    errors: dict[str, dict[str, str]] = field(default_factory=dict)
+    interrupted: bool = False
+
+    def __post_init__(self) -> None:
+        self.telemetry = Telemetry(None, self.no_gpu or "nothing watched the GPU")
 
     @property
     def backend(self) -> str:
@@ -71,3 +96,50 @@ class Context:
     def new_cache(self, max_len: int, batch: int = 1, sampling: Sampling | None = None) -> Any:
         """A cache of :attr:`model`, of this run's dtype."""
         return self.model.new_cache(max_len, batch, self.kv_dtype, sampling)
+
+    def row(self, key: str, boundary: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The figures of one row, which the journal keeps, with its `boundary` and the `conditions` meanwhile.
+
+        A row that the journal already has is not measured again. After Ctrl-C, and where `measure` raises, the row is a
+        null figure with the reason; the part makes of its other rows what it can.
+
+        Args:
+            key: names the row within the run.
+            boundary: what the times include: ``"kernel"`` (operations on the device), ``"engine"`` (no tokeniser, no
+                network), ``"server"`` or ``"client"``.
+            measure: returns figures that JSON can hold.
+        """
+        if recorded := self.journal.recorded(key):
+            self.failures += [line for line in recorded["failures"] if line not in self.failures]
+            return dict(recorded["figures"])
+        if self.interrupted:
+            return missing(INTERRUPTED)
+        known, start = len(self.failures), time.perf_counter()
+        try:
+            with self.telemetry.watch() as conditions:
+                figures = measure()
+            figures = {**figures, "boundary": boundary, "conditions": conditions}
+            self.journal.record(key, time.perf_counter() - start, figures, self.failures[known:])
+        except KeyboardInterrupt:
+            self.interrupted = True
+            return missing(INTERRUPTED)
+        except JournalError:  # the disk is full: no later row could be kept either
+            raise
+        except Exception as e:  # whatever it is, the other rows are worth having
+            reason = describe(e)
+            if isinstance(e, WrongResultError) and str(e) not in self.failures:
+                self.failures.append(str(e))
+            self.errors[key] = {"reason": reason, "traceback": traceback.format_exc()}
+            return missing(reason)
+        return figures
+
+    def shuffled(self, what: str, items: Iterable[T]) -> list[T]:
+        """`items` in the order in which this run measures them: by :attr:`seed`, and for each `what` another one."""
+        order = list(items)
+        random.Random(f"{self.seed} {what}").shuffle(order)
+        return order
+
+
+def describe(e: BaseException) -> str:
+    """An exception on one line."""
+    return f"{type(e).__name__}: {' '.join(str(e).split())}"

@@ -34,3 +34,17 @@ def missing(reason: str, unit: str | None = None) -> Metric:
 
 def is_metric(x: Any) -> bool:
     return isinstance(x, dict) and "value" in x
+
+
+def inner(figures: Any, *keys: str, unit: str | None = None) -> Any:
+    """What lies under `keys` inside `figures`; where a null figure stands on the way, null with its reason."""
+    for key in keys:
+        if is_metric(figures) and figures["value"] is None:
+            return missing(figures["reason"], unit)
+        figures = figures[key]
+    return figures
+
+
+def fields(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row holds: nothing, where it is a null figure."""
+    return {} if is_metric(row) and row["value"] is None else row

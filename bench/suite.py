@@ -1,7 +1,8 @@
 """The benchmark as a whole: which parts there are, in which order they run, and what one failing part means.
 
-A part is a module with ``run(ctx) -> dict``. One that raises loses its own figures and nobody else's: they become null
-with the reason. Ctrl-C ends the run and keeps what is finished. See :mod:`.report` for the document that comes out.
+A part is a module with ``run(ctx) -> dict``, which measures its rows through `Context.row`. A row that raises is null
+with the reason, and so is a part. Ctrl-C ends the run: the rows that are finished are in the report, and in the
+journal, from which a later run can go on. See :mod:`.reporting.report` for the document that comes out.
 """
 
 from __future__ import annotations
@@ -21,13 +22,17 @@ import edgellm_cupy as ec
 
 from ..formats.checkpoint import Checkpoint
 from ..version import __version__
-from . import (
+from .context import Context, WrongResultError, describe
+from .machine import doctor
+from .machine.nvml import current_nvml_device
+from .machine.telemetry import Telemetry
+from .metrics import Metric, measured, missing
+from .parts import (
     cpu,
     hardware,
     kernel_stats,
     latency,
     power,
-    report,
     reproducibility,
     scaling,
     table,
@@ -35,39 +40,37 @@ from . import (
     transfer,
     utilisation,
 )
-from .context import Context, WrongResultError
-from .metrics import Metric, measured, missing
+from .reporting import report, stability
 
-EXIT_DONE, EXIT_WRONG_RESULT, EXIT_PARTIAL, EXIT_INTERRUPTED = 0, 4, 6, 130
+EXIT_DONE, EXIT_WRONG_RESULT, EXIT_UNSTABLE, EXIT_PARTIAL, EXIT_INTERRUPTED = 0, 4, 5, 6, 130
 
 
 class Part(NamedTuple):
     """One concern of the benchmark.
 
     Attributes:
-        module: has ``run(ctx) -> dict``, whose keys :mod:`.report` looks up.
-        share: of a whole run's time, roughly, for the progress bar; a number without unit.
+        module: has ``run(ctx) -> dict``, whose keys :mod:`.reporting.report` looks up.
         decodes: its figures rest on the decoder, so they are only taken from one that was found to be right.
     """
 
     module: ModuleType
-    share: int
     decodes: bool = False
 
 
 PARTS = {
-    "hardware": Part(hardware, 1),
-    "reproducibility": Part(reproducibility, 2),
-    "latency": Part(latency, 20),
-    "transfer": Part(transfer, 3),
-    "tokens": Part(tokens, 25, decodes=True),
-    "scaling": Part(scaling, 10, decodes=True),
-    "power": Part(power, 15, decodes=True),
-    "kernels": Part(kernel_stats, 3, decodes=True),
-    "utilisation": Part(utilisation, 5, decodes=True),
-    "cpu": Part(cpu, 3, decodes=True),
+    "hardware": Part(hardware),
+    "reproducibility": Part(reproducibility),
+    "latency": Part(latency),
+    "transfer": Part(transfer),
+    "tokens": Part(tokens, decodes=True),
+    "scaling": Part(scaling, decodes=True),
+    "power": Part(power, decodes=True),
+    "utilisation": Part(utilisation, decodes=True),
+    "cpu": Part(cpu, decodes=True),
+    "kernels": Part(kernel_stats, decodes=True),
 }
-"""In the order in which they run: first what is cheap and says where we are, then the check of every kernel."""
+"""In the order in which they run: first what is cheap and says where we are, then the check of every kernel; last what
+traces this process, so that no other part is timed by a process that was traced."""
 
 
 class DecoderCheck(NamedTuple):
@@ -123,12 +126,14 @@ def run(
         begin: called with the name of each part as it begins.
     """
     names = list(names)
+    ctx.whole = set(names) == set(PARTS)
     result: report.Report = {
         "schema_version": report.SCHEMA_VERSION,
         "workload": _workload(ctx),
         "backend": ctx.backend,
         "no_gpu": ctx.no_gpu,
         "quick": ctx.quick,
+        "seed": ctx.seed,
         "command": command,
         "environment": reproducibility.environment(ctx),
         "model": {
@@ -146,27 +151,67 @@ def run(
         "interrupted": False,
     }
     try:
-        if any(PARTS[name].decodes for name in names):
-            built = _attempt(ctx, "decoder_check", _build_and_check, result["errors"])
-            result["decoder_check"] = built.get("check", built)
-            if "decoder" in built:
-                result["model"] |= {"head_bytes": ctx.model.head_bytes, "decoder": built["decoder"]}
-                result["workload"]["quantization"] = measured(_quantization(**built["decoder"]))
-        for name in names:
-            begin(name)
-            if PARTS[name].decodes and (reason := _doubt(ctx, result)):
-                result["errors"][name] = {"reason": f"not measured: {reason}"}
-                continue
-            start = time.perf_counter()
-            measure = table.run if name == "latency" and ctx.tokens else PARTS[name].module.run
-            figures = _attempt(ctx, name, measure, result["errors"])
-            result["seconds"][name] = round(time.perf_counter() - start, 3)
-            if name not in result["errors"]:
-                result["parts"][name] = figures
+        result["doctor"], telemetry = _watched(ctx)
+        with telemetry as ctx.telemetry:
+            _run_parts(ctx, names, result, begin)
     except KeyboardInterrupt:
-        result["interrupted"] = True
+        ctx.interrupted = True
+    result["interrupted"] = ctx.interrupted
+    result["errors"] |= ctx.errors
+    result["resumed_rows"] = len(ctx.journal.taken)
+    result["telemetry"] = ctx.telemetry.figures()
+    result["stability"] = stability.findings(result)
     result["summary"] = report.summary(result)
     return result
+
+
+def _watched(ctx: Context) -> tuple[list[dict[str, str]], Telemetry]:
+    """What could disturb the run, and what will watch it."""
+    findings = doctor.summary(doctor.examine(ctx.no_gpu))
+    return findings, ctx.telemetry if ctx.no_gpu else Telemetry(current_nvml_device())
+
+
+def _run_parts(ctx: Context, names: list[str], result: report.Report, begin: Callable[[str], None]) -> None:
+    """Check the decoder where a part needs it, and run the parts; what comes out goes into `result`."""
+    if any(PARTS[name].decodes for name in names):
+        built = _attempt(ctx, "decoder_check", _build_and_check, result["errors"])
+        result["decoder_check"] = built.get("check", built)
+        if "decoder" in built:
+            result["model"] |= {"head_bytes": ctx.model.head_bytes, "decoder": built["decoder"]}
+            result["workload"]["quantization"] = measured(_quantization(**built["decoder"]))
+    for name in names:
+        if ctx.interrupted:
+            return
+        begin(name)
+        if PARTS[name].decodes and (reason := _doubt(ctx, result)):
+            result["errors"][name] = {"reason": f"not measured: {reason}"}
+            continue
+        start = time.perf_counter()
+        measure = table.run if name == "latency" and ctx.tokens else PARTS[name].module.run
+        with ctx.telemetry.part(name):
+            figures = _attempt(ctx, name, measure, result["errors"])
+        result["seconds"][name] = round(time.perf_counter() - start, 3)
+        if name not in result["errors"]:
+            result["parts"][name] = figures
+
+
+def identity(ctx: Context, names: Iterable[str]) -> dict[str, Any]:
+    """What must be the same for rows of two processes to belong to one run."""
+    where = reproducibility.environment(ctx)
+    return {
+        "version": __version__,
+        **{key: where[key]["value"] for key in _SAME},
+        "backend": ctx.backend,
+        "parts": list(names),
+        "model": ctx.config.to_dict(),
+        "weights": ctx.checkpoint.source,
+        "decoder": {**ctx.options, "kv_dtype": ctx.kv_dtype},
+        "tokens": list(ctx.tokens),
+        "quick": ctx.quick,
+    }
+
+
+_SAME = ("git_commit", "git_modified", "gpu_model", "driver_version", "cpu_model")
 
 
 def _doubt(ctx: Context, result: report.Report) -> str | None:
@@ -185,7 +230,7 @@ def _attempt(
         # A figure that JSON cannot hold (NaN, an array) is its part's bug and must not cost the whole report.
         json.dumps(figures, allow_nan=False)
     except Exception as e:  # whatever a part raises: the other parts' figures are worth keeping
-        reason = f"{type(e).__name__}: {' '.join(str(e).split())}"
+        reason = describe(e)
         if isinstance(e, WrongResultError):
             ctx.failures.append(str(e))
         errors[name] = {"reason": reason, "traceback": traceback.format_exc()}
@@ -211,7 +256,7 @@ def _quantization(activation: str, dtype: str, head: str, kv_cache: str) -> str:
 
 
 def check_decoder(ctx: Context) -> Metric:
-    """Compare the GPU's decoder with the reference in :data:`DECODER_CHECKS`, in a cache as :mod:`.scaling` uses.
+    """Compare the GPU's decoder with the reference in :data:`DECODER_CHECKS`, in a cache as :mod:`.parts.scaling` uses.
 
     Of a model that is too large for the reference, the first layers are compared, and the whole is only looked at.
 
@@ -325,13 +370,15 @@ def _logit_errors(ctx: Context, check: DecoderCheck, checkpoint: Checkpoint) -> 
     return errors
 
 
-def exit_code(result: report.Report) -> int:
-    """0 done, 4 a result was wrong, 6 a part failed, 130 interrupted."""
+def exit_code(result: report.Report, strict: bool = False) -> int:
+    """0 done, 4 a result was wrong, 5 it was unstable (only if `strict`), 6 a part or a row failed, 130 interrupted."""
     if result["interrupted"]:
         return EXIT_INTERRUPTED
     if result["failures"]:
         return EXIT_WRONG_RESULT
-    return EXIT_PARTIAL if result["errors"] else EXIT_DONE
+    if result["errors"]:
+        return EXIT_PARTIAL
+    return EXIT_UNSTABLE if strict and result["stability"] else EXIT_DONE
 
 
 def _workload(ctx: Context) -> dict[str, Metric]:

@@ -6,7 +6,7 @@ Three series, never mixed:
     device       two events around one operation as a user calls it, the cost of enqueuing included
     end_to_end   wall clock, host arrays in and out
 
-All arithmetic is on the host, so the same statistics serve the NumPy backend's :func:`wall_clock`.
+What samples are worth is :mod:`.statistics`' business.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
-import numpy as np
+from .statistics import relative_standard_error, summarise
 
-from .metrics import Metric, measured, missing
-
-SMALLEST_TAIL = 10  # samples that must lie beyond a percentile before it is worth reporting
 GRAPH_LAUNCHES = 50  # fewest launches in a graph, so that what is left of its own start is spread thin
 GRAPH_US = 5000  # a graph this long need not have as many: what is left of its start is 0.1 %
 FEWEST_LAUNCHES = 8
@@ -33,7 +31,8 @@ class StopRule:
     """When a series has enough samples.
 
     Attributes:
-        relative_error: stop once the standard error of the mean, over the mean, is at most this ...
+        relative_error: stop once the standard error of the mean, over the mean, is at most this (of as many samples as
+            the series is worth, where they depend on each other) ...
         min_samples, min_seconds: ... and there are that many samples, and that much time has passed;
         max_seconds: or when this much time has passed, precise or not;
         max_samples: or at this many samples, which p99 can rest on and a report can still hold.
@@ -68,14 +67,14 @@ class Samples:
 
     @property
     def relative_error(self) -> float:
-        """Standard error of the mean over the mean; infinite below two samples or for a mean of zero."""
-        n = len(self.values)
-        mean = float(np.mean(self.values)) if n > 1 else 0.0
-        return float(np.std(self.values, ddof=1)) / math.sqrt(n) / mean if mean > 0 else math.inf
+        """See :func:`.statistics.relative_standard_error`: drifting samples count for fewer than they are."""
+        return relative_standard_error(self.values)
 
     def summary(self, **detail: Any) -> dict[str, Any]:
-        """See :func:`summarise`."""
-        return summarise(self.values, self.unit, at_s=self.at_s, stop=self.stop, **detail)
+        """See :func:`.statistics.summarise`."""
+        error = self.relative_error
+        precision: dict[str, Any] = {"relative_error": error} if math.isfinite(error) else {}
+        return summarise(self.values, self.unit, at_s=self.at_s, stop=self.stop, **precision, **detail)
 
 
 def take(sample: Callable[[], float], unit: str, rule: StopRule) -> Samples:
@@ -99,110 +98,6 @@ def take(sample: Callable[[], float], unit: str, rule: StopRule) -> Samples:
     return series
 
 
-# ---- statistics -----------------------------------------------------------------------------------------------------
-
-
-def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """A 95 % confidence interval of the median from order statistics, whatever the distribution.
-
-    The r-th smallest and r-th largest sample, with the largest r for which the true median lies outside with a
-    probability of at most 5 % (binomial, exact). None below six samples, where even the range covers less.
-    """
-    n = len(values)
-    # tail / 2**n: the probability that fewer than `rank` samples lie below the median; one side may have 2.5 %.
-    tail, term, rank, allowed = 0, 1, 0, 2**n // 40
-    while tail + term <= allowed:
-        tail += term
-        term = term * (n - rank) // (rank + 1)
-        rank += 1
-    if rank == 0:
-        return None
-    ordered = sorted(values)
-    return ordered[rank - 1], ordered[n - rank]
-
-
-def percentile(values: Sequence[float], p: float, unit: str) -> Metric:
-    """The p-th percentile (50 < p < 100), or null where fewer than :data:`SMALLEST_TAIL` samples lie beyond it."""
-    n = len(values)
-    beyond = int(n * (100 - p) / 100 + 1e-9)
-    if beyond < SMALLEST_TAIL:
-        return missing(f"{n} samples put {beyond} beyond p{p:g}, fewer than {SMALLEST_TAIL}", unit)
-    return measured(float(np.percentile(values, p)), unit, n=n)
-
-
-def median(values: Sequence[float], unit: str, **detail: Any) -> Metric:
-    """The median with its interval as `ci95`, which is null with `ci95_reason` below six samples."""
-    interval = median_interval(values)
-    ci: dict[str, Any] = {"ci95": list(interval)} if interval else {"ci95": None, "ci95_reason": "fewer than 6 samples"}
-    return measured(float(np.median(values)), unit, n=len(values), **ci, **detail)
-
-
-def rate(time: Metric, amount: float, unit: str, **detail: Any) -> Metric:
-    """`amount` over a median time, the interval of the time turned into one of the rate."""
-    ci: dict[str, Any] = {"ci95": None, "ci95_reason": time.get("ci95_reason")}
-    if time["ci95"]:
-        ci = {"ci95": [amount / limit for limit in reversed(time["ci95"])]}
-    return measured(amount / time["value"], unit, n=time["n"], **ci, **detail)
-
-
-def summarise(
-    values: Sequence[float], unit: str, at_s: Sequence[float] = (), run: int | None = None, **detail: Any
-) -> dict[str, Any]:
-    """Every figure that a report may want of one series, and the raw samples; `detail` is added as it is.
-
-    `run`: the series is made of runs of so many samples, with a break after each; a gap is a difference within a run.
-
-    Keys: unit, n, median and p50 (with ci95), mean, std, min, max, p90, p95, p99, p99_minus_p50, variance, iqr, mad
-    (median absolute deviation), gap_variance (of the differences of neighbours), longest_stall (how far the largest
-    sample lies above the median, with its index and, where `at_s` tells it, the seconds since the series began),
-    samples (all of them, in order).
-
-    Raises:
-        ValueError: no samples, or one that is not finite: a failed measurement must not become a figure.
-    """
-    if not len(values) or not np.isfinite(values).all():
-        raise ValueError(f"{len(values)} samples, of which {int(np.isfinite(values).sum())} finite: nothing to report")
-    v = np.asarray(values, dtype=np.float64)
-    n, square = len(v), f"{unit}^2"
-
-    def spread(value: float, u: str) -> Metric:
-        return measured(float(value), u) if n > 1 else missing(f"needs 2 samples, has {n}", u)
-
-    gaps = np.diff(v)
-    if run:
-        gaps = gaps[np.arange(1, n) % run != 0]
-    mid = float(np.median(v))
-    p50, p99 = median(values, unit), percentile(values, 99, unit)
-    worst = int(v.argmax())
-    return {
-        "unit": unit,
-        "n": n,
-        "median": p50,
-        "mean": measured(float(v.mean()), unit),
-        "std": spread(v.std(ddof=1) if n > 1 else 0.0, unit),
-        "min": measured(float(v.min()), unit),
-        "max": measured(float(v.max()), unit),
-        "p50": p50,
-        "p90": percentile(values, 90, unit),
-        "p95": percentile(values, 95, unit),
-        "p99": p99,
-        "p99_minus_p50": missing(p99["reason"], unit) if p99["value"] is None else measured(p99["value"] - mid, unit),
-        "variance": spread(v.var(ddof=1) if n > 1 else 0.0, square),
-        "iqr": spread(float(np.subtract(*np.percentile(v, [75, 25]))), unit),
-        "mad": spread(float(np.median(np.abs(v - mid))), unit),
-        "gap_variance": (
-            measured(float(gaps.var(ddof=1)), square)
-            if len(gaps) > 1
-            else missing(f"needs 2 gaps, has {len(gaps)}", square)
-        ),
-        "longest_stall": measured(
-            float(v[worst]) - mid, unit, index=worst, **({"at_s": round(at_s[worst], 6)} if len(at_s) else {})
-        ),
-        **detail,
-        "samples": [float(f"{s:.6g}") for s in v],
-    }
-
-
 # ---- host -----------------------------------------------------------------------------------------------------------
 
 
@@ -222,6 +117,15 @@ def wall_clock(
     for _ in range(2):
         sample()
     return take(sample, unit, rule)
+
+
+def wall_gaps(step: Callable[[], Any], n: int) -> list[float]:
+    """Milliseconds from one return of `step` to the next, `n` times, by the wall clock."""
+    stamps = [time.perf_counter()]
+    for _ in range(n):
+        step()
+        stamps.append(time.perf_counter())
+    return [1e3 * (b - a) for a, b in pairwise(stamps)]
 
 
 # ---- device ---------------------------------------------------------------------------------------------------------
@@ -337,6 +241,19 @@ def device(call: Callable[[], Any], rule: StopRule) -> dict[str, Any]:
 def end_to_end(call: Callable[[], Any], rule: StopRule) -> dict[str, Any]:
     """The `end_to_end` series in microseconds: wall clock around a `call` that copies in, works, copies out, waits."""
     return wall_clock(call, rule).summary(series="end_to_end", method="wall clock, pinned host arrays")
+
+
+def event_gaps(step: Callable[[], Any], n: int) -> list[float]:
+    """Milliseconds between `n` steps of a chain on the current stream: an event behind each, none waited for."""
+    import cupy as cp
+
+    events = [cp.cuda.Event() for _ in range(n + 1)]
+    events[0].record()
+    for event in events[1:]:
+        step()
+        event.record()
+    events[-1].synchronize()
+    return [float(cp.cuda.get_elapsed_time(a, b)) for a, b in pairwise(events)]
 
 
 def _between_events(

@@ -1,8 +1,8 @@
 """`edgellm tune`: which enumerated configuration is the fastest for each product of a workload, on this GPU.
 
-Every candidate is checked as in :mod:`.table`: on a poisoned result, before it is timed and after, a random sample of
-tokens and rows against the float64 reference. What is wrong has failed and is never kept. Times are those of the
-`kernel` series with a cold L2.
+Every candidate is checked as in :mod:`.parts.table`: on a poisoned result, before it is timed and after, a random
+sample of tokens and rows against the float64 reference. What is wrong has failed and is never kept. Times are those of
+the `kernel` series with a cold L2.
 
 The smallest of many noisy medians flatters its owner, so the fastest of a short look at all of them is measured again
 together with the default, and kept when it is faster by more than :data:`MARGIN` and the intervals are apart.
@@ -27,11 +27,12 @@ from ..ops import enqueue
 from ..tuning import dispatch, tuned
 from ..tuning.device import DeviceFacts, current_facts
 from ..tuning.tuned import Tuned
-from . import table, timing
+from . import timing
 from .context import WrongResultError
-from .latency import EPS, cold_weights
 from .metrics import Metric
-from .shapes import TABLE, Shape
+from .parts import table
+from .parts.latency import EPS, cold_weights
+from .parts.shapes import TABLE, Shape
 from .timing import Rotation, StopRule
 
 MARGIN = 0.02

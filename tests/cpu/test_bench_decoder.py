@@ -19,9 +19,11 @@ from typer.testing import CliRunner
 
 import edgellm_cupy as ec
 from edgellm_cupy import Sampling, cli, kernels, verify
-from edgellm_cupy.bench import ablation, report, scaling, suite, tokens
+from edgellm_cupy.bench import suite
 from edgellm_cupy.bench.context import Context, WrongResultError
 from edgellm_cupy.bench.metrics import measured, missing
+from edgellm_cupy.bench.parts import ablation, scaling, tokens
+from edgellm_cupy.bench.reporting import report, terminal
 from edgellm_cupy.formats.checkpoint import Checkpoint
 from edgellm_cupy.model import decoder
 from edgellm_cupy.ops import enqueue
@@ -399,7 +401,7 @@ def test_markdown_shows_the_new_figures(with_everything):
 
 def test_terminal_shows_the_new_headlines(with_everything):
     out = StringIO()
-    Console(file=out, width=80).print(report.terminal(with_everything))
+    Console(file=out, width=80).print(terminal.summary(with_everything))
     shown = out.getvalue()
     for key in ("batch_tok_s", "prompt_tok_s", "time_to_first_token_ms", "time_16k_over_0"):
         assert key in shown
@@ -411,8 +413,8 @@ COMMITTED = sorted((Path(__file__).parents[2] / "bench" / "results").glob("*/*/r
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: "/".join(path.parts[-3:-1]))
 def test_committed_reports_still_render(path, tmp_path):
     """Also those of older schemas."""
-    assert report.remake(path, tmp_path).read_text(encoding="utf-8").startswith("# edgellm benchmark: ")
-    Console(file=StringIO(), width=80).print(report.terminal(report.load(path)))
+    assert report.remake(path, tmp_path)[0].read_text(encoding="utf-8").startswith("# edgellm benchmark: ")
+    Console(file=StringIO(), width=80).print(terminal.summary(report.load(path)))
 
 
 # ---- edgellm verify -------------------------------------------------------------------------------------------------

@@ -18,7 +18,11 @@ from typer.testing import CliRunner
 
 import edgellm_cupy as ec
 from edgellm_cupy import cli, runtime, tuning, verify, version
-from edgellm_cupy.bench import report, scaling, suite
+from edgellm_cupy.bench import suite
+from edgellm_cupy.bench.parts import scaling
+from edgellm_cupy.bench.reporting import report
+from edgellm_cupy.cli import bench as bench_command
+from edgellm_cupy.cli import generate as generate_command
 from edgellm_cupy.formats import compact, huggingface, load_checkpoint
 from edgellm_cupy.formats.checkpoint import Checkpoint
 from edgellm_cupy.formats.safetensors_file import SafetensorsFile
@@ -128,6 +132,12 @@ def edgellm(tmp_path: Path, *arguments: str, cupy: str | None = None) -> subproc
     return subprocess.run([*COMMAND, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
 
 
+def kept(tmp_path: Path) -> Path:
+    """The folder of the only run in .edgellm/runs."""
+    (folder,) = (tmp_path / ".edgellm" / "runs").glob("*/*")
+    return folder
+
+
 # ---- 0: done --------------------------------------------------------------------------------------------------------
 
 
@@ -153,7 +163,7 @@ def test_version_of_a_checkout_that_is_not_installed(tmp_path, pyproject, expect
 
 
 def test_parts_are_those_of_the_suite():
-    assert [part.value for part in cli.Part] == list(suite.PARTS)
+    assert list(bench_command.PARTS) == list(suite.PARTS)
 
 
 @pytest.mark.parametrize("cupy", [NO_CUPY, NO_DRIVER], ids=["no CuPy", "no driver"])
@@ -167,9 +177,10 @@ def test_bench_without_a_gpu_measures_on_the_host_and_says_so(tmp_path, tiny, cu
     layer = "CuPy" if cupy == NO_CUPY else "driver"
     first, second = done.stderr.splitlines()[:2]
     assert re.fullmatch(rf"edgellm bench: (no usable GPU: {layer}: .*; .*install.*)\. Measuring on .*", first)
-    assert second == "edgellm bench: hardware"
-    folder = tmp_path / "edgellm-report"
-    assert {path.name for path in folder.iterdir()} == {"report.json", "report.md"}
+    assert re.fullmatch(r"edgellm bench: 0:0\d hardware, about \d:\d\d left", second)
+    folder = kept(tmp_path)
+    assert folder.parent.name.startswith("numpy-")
+    assert {path.name for path in folder.iterdir()} >= {"report.json", "report.md", "rows.jsonl"}
     report = json.loads((folder / "report.json").read_text())
     assert report["command"] == f"edgellm bench --model {tiny} --quick"
     assert report["backend"] == "numpy"
@@ -180,10 +191,10 @@ def test_bench_without_a_gpu_measures_on_the_host_and_says_so(tmp_path, tiny, cu
     assert report["no_gpu"].partition("; ")[2] in (folder / "report.md").read_text().partition("## ")[0]
 
 
-def test_one_part_leaves_the_whole_report_alone(tmp_path, tiny):
+def test_one_part_is_a_run_of_its_own(tmp_path, tiny):
     done = edgellm(tmp_path, "bench", "hardware", "--model", tiny, "--backend", "numpy")
     assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "edgellm-report" / "hardware" / "report.json").read_text())
+    report = json.loads((kept(tmp_path) / "report.json").read_text())
     assert list(report["parts"]) == ["hardware"]
     assert report["summary"]["throughput_tok_s"] == {"value": None, "reason": "part tokens not run"}
 
@@ -225,8 +236,8 @@ def test_generate_prints_the_models_own_continuation(folder):
 
 
 def test_generate_with_a_preset_and_ids(monkeypatch):
-    monkeypatch.setitem(cli.PRESETS, "tiny", ec.ModelConfig.from_dict(TINY))
-    expected = ec.reference.TernaryTransformer.random(cli.PRESETS["tiny"]).generate([1, 2, 3], 8)
+    monkeypatch.setitem(generate_command.PRESETS, "tiny", ec.ModelConfig.from_dict(TINY))
+    expected = ec.reference.TernaryTransformer.random(generate_command.PRESETS["tiny"]).generate([1, 2, 3], 8)
     result = generate("tiny", "--ids", "1,2,3", "-n", "8")
     assert result.exit_code == 0, result.output
     assert result.stdout == " ".join(map(str, expected)) + "\n"
@@ -272,7 +283,7 @@ def test_generate_ends_with_the_text_unless_told_to_go_on(folder, canned, monkey
 
 def test_generate_shows_each_character_as_soon_as_it_is_whole(folder, canned, monkeypatch):
     events = []
-    monkeypatch.setattr(cli, "_put", lambda text: events.append((canned.consumed, text)) or True)
+    monkeypatch.setattr(generate_command, "put", lambda text: events.append((canned.consumed, text)) or True)
     monkeypatch.setattr(canned, "says", "he Ã ¼ ll")
     generate(folder, "-p", "x")
     assert events == [(1, "he"), (3, "ü"), (4, "ll"), (4, "\n")]
@@ -288,8 +299,8 @@ def test_generate_says_how_fast_when_asked(folder, canned, monkeypatch):
 
 def test_pace_tells_the_prefill_from_the_rest(monkeypatch):
     clock = iter([10.0, 10.5, 10.6, 10.75])  # the start, then each token
-    monkeypatch.setattr(cli.time, "perf_counter", lambda: next(clock))
-    pace = cli._Pace(prompt=100)
+    monkeypatch.setattr(generate_command.time, "perf_counter", lambda: next(clock))
+    pace = generate_command._Pace(prompt=100)
     assert list(pace.of([7, 8, 9])) == [7, 8, 9]
     assert str(pace) == "prefill: 100 tokens in 0.500 s, 200.0 tok/s; decode: 2 tokens in 0.250 s, 8.0 tok/s"
 
@@ -366,7 +377,7 @@ def test_ctrl_c_while_text_streams(tmp_path, folder):
 
 def test_a_reader_of_text_that_goes_away_ends_the_work(folder, canned, monkeypatch):
     monkeypatch.setattr(canned, "says", "he ll he ll")
-    monkeypatch.setattr(cli, "_put", lambda text: False)
+    monkeypatch.setattr(generate_command, "put", lambda text: False)
     assert generate(folder, "-p", "x").exit_code == 0
     assert canned.consumed == 1
 
@@ -688,7 +699,7 @@ def test_what_the_system_refuses_is_one_line(tmp_path, folder, monkeypatch):
         assert result.exit_code == 2
         assert re.fullmatch(rf"error: (\S*/)?{long}: .*File name too long\n", result.stderr)
     denied = PermissionError(13, "Permission denied", "secret")
-    monkeypatch.setattr(cli.formats, "load_checkpoint", lambda path: _raise(denied))
+    monkeypatch.setattr(generate_command.formats, "load_checkpoint", lambda path: _raise(denied))
     result = invoke("convert", str(folder), str(tmp_path / "x"))
     assert (result.exit_code, result.stderr) == (2, "error: secret: Permission denied\n")
 
@@ -822,22 +833,32 @@ def test_verify_says_how_much_it_checked(monkeypatch, failures, code, said):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
-def test_ctrl_c_writes_what_is_finished(tmp_path, tiny):
-    arguments = [*COMMAND, "bench", "--model", tiny, "--backend", "numpy"]
-    with subprocess.Popen(
-        arguments, cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+def test_ctrl_c_writes_what_is_finished_and_the_run_can_go_on(tmp_path, tiny):
+    arguments = ["bench", "--model", tiny, "--backend", "numpy", "--quick"]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*COMMAND, *arguments], cwd=tmp_path, env=environment(tmp_path), **streams) as process:
         for line in process.stderr:
-            if line == "edgellm bench: tokens\n":
+            if re.match(r"edgellm bench: \d+:\d\d tokens", line):
                 process.send_signal(signal.SIGINT)
                 break
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    report = json.loads((tmp_path / "edgellm-report" / "report.json").read_text())
-    assert report["interrupted"] is True
-    assert report["summary"]["os"]["value"]
-    assert report["summary"]["throughput_tok_s"]["value"] is None
+    first = json.loads((kept(tmp_path) / "report.json").read_text())
+    assert first["interrupted"] is True
+    assert first["summary"]["os"]["value"]
+    assert first["summary"]["throughput_tok_s"]["value"] is None
+    rows = (kept(tmp_path) / "rows.jsonl").read_text().splitlines()
+    assert {json.loads(row)["key"].partition("/")[0] for row in rows[1:]} >= {"latency"}
+
+    done = edgellm(tmp_path, *arguments, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert (kept(tmp_path) / "rows.jsonl").read_text().splitlines()[: len(rows)] == rows
+    second = json.loads((kept(tmp_path) / "report.json").read_text())
+    assert second["interrupted"] is False
+    assert second["resumed_rows"] == len(rows) - 1
+    assert second["parts"]["latency"]["products"] == first["parts"]["latency"]["products"]
+    assert second["summary"]["throughput_tok_s"]["value"] > 0
 
 
 # ---- pipes and terminals --------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from edgellm_cupy.bench import table_figures
+from edgellm_cupy.bench.reporting import table_figures
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 import edgellm_cupy as ec
-from edgellm_cupy.bench import scaling, suite, tokens
+from edgellm_cupy.bench import suite
 from edgellm_cupy.bench.context import Context, WrongResultError
 from edgellm_cupy.bench.metrics import measured
+from edgellm_cupy.bench.parts import scaling, tokens
 from edgellm_cupy.formats.checkpoint import Checkpoint
 
 DEPTHS = np.array(scaling.DEPTHS)
@@ -140,6 +141,7 @@ def on_the_device(monkeypatch):
         "DECODER_CHECKS",
         tuple(c._replace(depths=tuple(min(d, 2048) for d in c.depths)) for c in suite.DECODER_CHECKS),
     )
+    monkeypatch.setattr(suite, "_watched", lambda ctx: ([], ctx.telemetry))
     config = ec.ModelConfig("tiny", 2, 64, 128, 4, 2, 16, 256)
     ctx = Context(Checkpoint.random(config), None, quick=True)
     ctx.model = Device(ctx.checkpoint)

@@ -12,10 +12,13 @@ from typer.testing import CliRunner
 
 import edgellm_cupy as ec
 from edgellm_cupy import cli, runtime
-from edgellm_cupy.bench import baselines, report, reproducibility, suite, table, table_figures, timing
+from edgellm_cupy.bench import statistics, suite, timing
 from edgellm_cupy.bench.context import Context
 from edgellm_cupy.bench.metrics import measured, missing
-from edgellm_cupy.bench.shapes import TABLE, TOKENS, Shape
+from edgellm_cupy.bench.parts import baselines, reproducibility, table
+from edgellm_cupy.bench.parts.roofline import RoofFacts
+from edgellm_cupy.bench.parts.shapes import TABLE, TOKENS, Shape
+from edgellm_cupy.bench.reporting import report, table_figures
 from edgellm_cupy.formats.checkpoint import Checkpoint
 from edgellm_cupy.kernels import launch
 from edgellm_cupy.reference import ops
@@ -117,7 +120,7 @@ class FakeGpu:
 
     @staticmethod
     def series(us, copies, launches):
-        return timing.summarise([us] * 10, "us", copies=copies, launches_per_sample=launches)
+        return statistics.summarise([us] * 10, "us", copies=copies, launches_per_sample=launches)
 
 
 @pytest.fixture
@@ -146,10 +149,9 @@ def gpu(monkeypatch) -> FakeGpu:
     for module, name, stand_in in (
         (ec, "rmsnorm_ternary_matmul", gpu.fused),
         (ec, "rmsnorm", norm),
-        (table, "current_nvml_device", lambda: None),
-        (table, "condition_probes", lambda device: {}),
+        (suite, "_watched", lambda ctx: ([], ctx.telemetry)),
+        (table, "current_roof_facts", lambda: RoofFacts(90, 132, measured(1980.0, "MHz"))),
         (table, "cold_weights", copies),
-        (table, "conditions", lambda *_: {"throttled": measured(False)}),
         (table, "measure_bandwidth", lambda ctx, rule: measured(4000.0, "GB/s")),
         (table, "measure_floor", lambda ctx, data, l2, rule: gpu.series(2.0, 3, 51) | {"blocks": 1, "threads": 2}),
         (table, "TABLE", SMALL),
@@ -310,7 +312,8 @@ def test_without_a_gpu_everything_is_null_with_the_reason(tmp_path):
     ("arguments", "message"),
     [
         (["bench", "--shapes", "table"], "--shapes: only for `edgellm bench latency`"),
-        (["bench", "tokens", "--shapes", "table"], "--shapes: only for `edgellm bench latency`"),
+        (["bench", "--shapes", "table", "tokens"], "--shapes: not an option of `edgellm bench tokens`"),
+        (["bench", "tokens", "--shapes", "table"], "No such option: --shapes"),
         (["bench", "latency", "--shapes", "table", "--model", "smollm-135m"], "without --model"),
         (["bench", "latency", "--shapes", "table", "--head", "int8"], "and the options of a model"),
         (["bench", "latency", "--shapes", "table", "--activation", "float"], "and the options of a model"),
@@ -327,7 +330,7 @@ def test_wrong_usage(tmp_path, monkeypatch, arguments, message):
 
 
 def test_tokens_are_sorted_and_each_is_taken_once():
-    assert cli._numbers("16, 1,4,4") == (1, 4, 16)
+    assert cli.options.numbers("16, 1,4,4") == (1, 4, 16)
 
 
 def test_the_report_of_a_part_knows_its_commit_and_machine(monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgellm_cupy.bench import timing
+from edgellm_cupy.bench import statistics, timing
 from edgellm_cupy.bench.metrics import is_metric
 
 samples = st.lists(st.floats(0.1, 1e6), min_size=1, max_size=300)
@@ -30,13 +30,13 @@ class Clock:
 @pytest.mark.parametrize(("n", "rank"), [(5, None), (6, 1), (8, 1), (9, 2), (20, 6), (50, 18), (100, 40)])
 def test_median_interval_has_the_ranks_of_the_tables(n: int, rank: int | None) -> None:
     # Conover, Practical Nonparametric Statistics: order-statistic intervals of the median for 95 %.
-    interval = timing.median_interval([float(i) for i in range(1, n + 1)])
+    interval = statistics.median_interval([float(i) for i in range(1, n + 1)])
     assert interval == (None if rank is None else (rank, n + 1 - rank))
 
 
 @given(st.integers(6, 400))
 def test_median_interval_covers_95_per_cent_and_no_rank_more_would(n: int) -> None:
-    low, _ = timing.median_interval([float(i) for i in range(1, n + 1)]) or (math.nan, math.nan)
+    low, _ = statistics.median_interval([float(i) for i in range(1, n + 1)]) or (math.nan, math.nan)
 
     def outside(rank: int) -> float:
         return 2 * sum(math.comb(n, i) for i in range(rank)) / 2**n
@@ -47,14 +47,14 @@ def test_median_interval_covers_95_per_cent_and_no_rank_more_would(n: int) -> No
 def test_median_interval_covers_the_median_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
     true_median = math.log(2)
-    intervals = [timing.median_interval(list(rng.exponential(size=31))) for _ in range(2000)]
+    intervals = [statistics.median_interval(list(rng.exponential(size=31))) for _ in range(2000)]
     hits = sum(low <= true_median <= high for low, high in intervals)
     assert 0.94 <= hits / 2000 <= 0.985
 
 
 @given(samples)
 def test_summary_agrees_with_plain_formulas(values: list[float]) -> None:
-    s = timing.summarise(values, "us", stop="test")
+    s = statistics.summarise(values, "us", stop="test")
     assert s["n"] == len(values)
     assert s["median"]["value"] == pytest.approx(np.median(values))
     assert s["mean"]["value"] == pytest.approx(np.mean(values))
@@ -71,7 +71,7 @@ def test_summary_agrees_with_plain_formulas(values: list[float]) -> None:
 
 @given(samples)
 def test_every_null_has_a_reason_and_every_figure_a_unit(values: list[float]) -> None:
-    for key, figure in timing.summarise(values, "us").items():
+    for key, figure in statistics.summarise(values, "us").items():
         if is_metric(figure):
             assert figure["unit"] in ("us", "us^2"), key
             assert figure["value"] is not None or figure["reason"], key
@@ -82,35 +82,35 @@ def test_every_null_has_a_reason_and_every_figure_a_unit(values: list[float]) ->
     [("p90", 100), ("p95", 200), ("p99", 1000)],
 )
 def test_a_percentile_needs_ten_samples_beyond_it(p: str, fewest: int) -> None:
-    too_few = timing.summarise(list(np.arange(1.0, fewest)), "us")[p]
+    too_few = statistics.summarise(list(np.arange(1.0, fewest)), "us")[p]
     assert too_few["value"] is None
     assert "fewer than 10" in too_few["reason"]
     values = np.arange(1.0, fewest + 1)
-    assert timing.summarise(list(values), "us")[p]["value"] == pytest.approx(np.percentile(values, float(p[1:])))
+    assert statistics.summarise(list(values), "us")[p]["value"] == pytest.approx(np.percentile(values, float(p[1:])))
 
 
 @pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf]])
 def test_a_failed_measurement_is_no_figure(values: list[float]) -> None:
     with pytest.raises(ValueError, match="nothing to report"):
-        timing.summarise(values, "us")
+        statistics.summarise(values, "us")
 
 
 def test_the_stall_carries_its_time() -> None:
-    s = timing.summarise([1.0, 9.0, 1.0], "us", at_s=[0.1, 0.2, 0.3])
+    s = statistics.summarise([1.0, 9.0, 1.0], "us", at_s=[0.1, 0.2, 0.3])
     assert s["longest_stall"] == {"value": 8.0, "unit": "us", "index": 1, "at_s": 0.2}
 
 
 def test_a_gap_does_not_cross_the_end_of_a_run() -> None:
-    s = timing.summarise([1.0, 2.0, 4.0, 10.0, 11.0, 13.0], "ms", run=3)
+    s = statistics.summarise([1.0, 2.0, 4.0, 10.0, 11.0, 13.0], "ms", run=3)
     assert s["gap_variance"]["value"] == pytest.approx(np.var([1, 2, 1, 2], ddof=1))
-    assert timing.summarise([1.0, 2.0, 3.0], "ms", run=1)["gap_variance"]["value"] is None
+    assert statistics.summarise([1.0, 2.0, 3.0], "ms", run=1)["gap_variance"]["value"] is None
 
 
 def test_a_rate_turns_the_interval_round() -> None:
-    times = timing.median([2.0, 4.0, 4.0, 4.0, 4.0, 5.0], "ms")
-    rate = timing.rate(times, 100, "tok/s", context=7)
+    times = statistics.median([2.0, 4.0, 4.0, 4.0, 4.0, 5.0], "ms")
+    rate = statistics.rate(times, 100, "tok/s", context=7)
     assert rate == {"value": 25.0, "unit": "tok/s", "n": 6, "ci95": [20.0, 50.0], "context": 7}
-    few = timing.rate(timing.median([4.0], "ms"), 100, "tok/s")
+    few = statistics.rate(statistics.median([4.0], "ms"), 100, "tok/s")
     assert few["ci95"] is None
     assert few["ci95_reason"] == "fewer than 6 samples"
 

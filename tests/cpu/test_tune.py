@@ -15,10 +15,12 @@ from typer.testing import CliRunner
 
 import edgellm_cupy as ec
 from edgellm_cupy import cli, runtime
-from edgellm_cupy.bench import report, reproducibility, suite, timing, tune
+from edgellm_cupy.bench import statistics, suite, timing, tune
 from edgellm_cupy.bench.context import Context
 from edgellm_cupy.bench.metrics import measured, missing
-from edgellm_cupy.bench.shapes import Shape
+from edgellm_cupy.bench.parts import reproducibility
+from edgellm_cupy.bench.parts.shapes import Shape
+from edgellm_cupy.bench.reporting import report
 from edgellm_cupy.errors import EdgeLLMError
 from edgellm_cupy.formats.checkpoint import Checkpoint
 from edgellm_cupy.ops import enqueue
@@ -274,7 +276,7 @@ class FakeGpu:
 
     def series(self):
         us = self.us.get(self._ran, self.usual)
-        return timing.summarise([us - self.noise] * 5 + [us] * 5 + [us + self.noise] * 5, "us")
+        return statistics.summarise([us - self.noise] * 5 + [us] * 5 + [us + self.noise] * 5, "us")
 
 
 @pytest.fixture

@@ -10,9 +10,11 @@ import pytest
 
 import edgellm_cupy as ec
 from edgellm_cupy.arguments import BFLOAT16
-from edgellm_cupy.bench import latency, report, suite, table, table_figures, timing, tune
+from edgellm_cupy.bench import suite, timing, tune
 from edgellm_cupy.bench.context import Context
-from edgellm_cupy.bench.shapes import Shape
+from edgellm_cupy.bench.parts import latency, table
+from edgellm_cupy.bench.parts.shapes import Shape
+from edgellm_cupy.bench.reporting import report, table_figures
 from edgellm_cupy.formats.checkpoint import Checkpoint
 from edgellm_cupy.kernels import count_launches
 from edgellm_cupy.tuning import dispatch, floor_spec, tuned

@@ -1,0 +1,281 @@
+"""The report as headings, paragraphs and tables, from its JSON alone.
+
+Markdown and the HTML page write the same blocks, each in its own syntax. Text and cells may hold two marks: `code`
+between backticks, and what stands out between ``**``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ..metrics import Metric, is_metric
+from . import layout, table_figures
+from .layout import Report
+
+
+@dataclass(frozen=True)
+class Heading:
+    level: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """Text whose line breaks stay."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Every row has as many cells as there are columns."""
+
+    columns: list[str]
+    rows: list[list[str]]
+
+
+Block = Heading | Paragraph | Table
+
+
+INTERVALS = (
+    "Intervals are 95 % confidence intervals. `null` is followed by the reason. A series of samples is given by its "
+    "median, the main ones also by their statistics; those of all others, and the samples, are in report.json."
+)
+
+
+def facts(report: Report) -> dict[str, str]:
+    """What was run, with what, and when: a line for each."""
+    workload, environment = report["workload"], report.get("environment", {})
+    return {
+        **({} if layout.shapes_table(report) else _decoder(report)),
+        "When": f"{layout.text(workload['timestamp'])}, parts {sum(report['seconds'].values()):.0f} s",
+        "Command": f"`{report['command']}`",
+        "Program": f"edgellm-cupy {layout.text(workload['benchmark_version'])}, schema {report['schema_version']}",
+        **({"Source": _source(environment)} if environment else {}),
+        **({"Server": layout.with_unit(environment["server_engine"])} if "server_engine" in environment else {}),
+        **({"Tuned choices": _tuned(environment["tuned"])} if "tuned" in environment and not report["no_gpu"] else {}),
+    }
+
+
+def _decoder(report: Report) -> dict[str, str]:
+    """What decodes; nothing of a server, which does not tell."""
+    model, check = report["model"], report["decoder_check"]
+    if model is None:
+        return {}
+    head = "" if model["head_bytes"] is None else f", head {model['head_bytes']} bytes"
+    stored = model["decoder"]  # null when no part decodes
+    return {
+        "Model": _shape(model["config"]),
+        "Weights": f"{model['weights']}; body {model['body_bytes']} bytes{head}",
+        **({"Decoder": layout.with_unit(stored) if is_metric(stored) else layout.inline(stored)} if stored else {}),
+        "Decoder against the reference": "; ".join(filter(None, [layout.with_unit(check), layout.detail(check)])),
+    }
+
+
+def doctor(report: Report) -> list[Block]:
+    """What `edgellm doctor` found as the run began; nothing where it was not asked (before 1.3, and of a server)."""
+    rows = [
+        [f"**{found['level']}**" if found["level"] == "warning" else found["level"], found["what"], found["why"]]
+        for found in layout.measured_rows(report.get("doctor"))
+    ]
+    return [Heading(2, "Doctor"), Table(["Level", "Finding", "Why it matters"], rows)] if rows else []
+
+
+def _shape(config: dict[str, Any]) -> str:
+    return (
+        f"{config['num_layers']} layers, hidden {config['hidden_size']}, {config['num_heads']} heads, "
+        f"{config['num_kv_heads']} KV heads, intermediate {config['intermediate_size']}"
+        f"{' gated' if config['gated'] else ''}, vocabulary {config['vocab_size']}, context {config['max_context']}"
+    )
+
+
+def _source(environment: dict[str, Any]) -> str:
+    """The commit, and whether files differ from it."""
+    modified = environment["git_modified"]["value"] is True
+    return f"commit {layout.text(environment['git_commit'])}{', with changes' if modified else ''}"
+
+
+def _tuned(tuned: Metric) -> str:
+    """How many choices of `edgellm tune` this run used, and from where."""
+    return f"{layout.text(tuned)}, of `{tuned['file']}`" if tuned.get("file") else layout.text(tuned)
+
+
+# ---- parts ----------------------------------------------------------------------------------------------------------
+
+
+def title(part: str) -> str:
+    """The heading of a part."""
+    return _TITLES.get(part, part.capitalize())
+
+
+_TITLES = {
+    "cpu": "CPU",
+    "kernels": "Kernels and launches",
+    "utilisation": "Utilisation and memory",
+    "power": "Power and energy",
+}
+
+
+def section(name: str, figures: dict[str, Any]) -> list[Block]:
+    """A part: what its own layout or the general one makes of it, then the statistics of its main series."""
+    blocks = _latency(figures) if name == "latency" else body(layout.without_windows(figures), 3)
+    if windows := list(layout.windows(figures, "")):
+        blocks += [Heading(3, "Windows"), table(windows), *reasons(windows)]
+    if rows := statistics(name, figures):
+        blocks += [Heading(3, "Statistics"), rows]
+    return blocks
+
+
+_PRODUCT_COLUMNS = [
+    "product", "M x K", "operation", "activation", "cold", "x vs cuBLAS", "x vs unfused", "/ floor", "GB/s cold",
+    "% bandwidth cold", "warm", "/ floor warm", "device", "end to end",
+]  # fmt: skip
+_PRODUCT_NOTE = (
+    "Medians in microseconds, batch 1. `x vs`, with a cold L2: how many times as long the same takes otherwise, by "
+    "RMSNorm and float16 cuBLAS (a product alone: by cuBLAS), or in separate launches of ours. `/ floor`: over a "
+    "kernel that only reads the same bytes."
+)
+
+
+def _latency(figures: dict[str, Any]) -> list[Block]:
+    rest = {key: value for key, value in figures.items() if key not in ("products", "table", "summary")}
+    if "table" in figures:
+        return [*body(rest, 3), *shapes(figures["table"], figures["summary"])]
+    return [*body(rest, 3), *products(figures["products"])]
+
+
+def products(by_layer: dict[str, Any]) -> list[Block]:
+    """A line for each operation on each product, and one for what each product is compared with."""
+    rows, yardsticks = [], []
+    for layer, product in layout.measured_products({"products": by_layer}).items():
+        size = f"{product['m']} x {product['k']}"
+        rows += [[layer, size, *_product_row(row)] for row in layout.measured_rows(product["rows"])]
+        baselines = {f"{name} cold": layout.one_l2(series, "cold") for name, series in product["baselines"].items()}
+        floor = {f"floor {l2}": series for l2, series in product["floor"].items()}
+        yardsticks.append({"product": layer, "M x K": size, **floor, **baselines})
+    blocks: list[Block] = [Heading(3, "Products"), Paragraph(_PRODUCT_NOTE), Table(_PRODUCT_COLUMNS, rows)]
+    if layout.count_throttled(by_layer):
+        blocks.append(
+            Paragraph("**throttled**: the GPU held its clocks down meanwhile, see `conditions` in report.json.")
+        )
+    blocks += reasons(by_layer)
+    if any(layout.is_series(value) for row in yardsticks for value in row.values()):  # none on NumPy
+        blocks += [Heading(3, "What they are compared with"), table(yardsticks)]
+    return blocks
+
+
+def shapes(figures: dict[str, Any], summary: dict[str, Metric]) -> list[Block]:
+    """The table of shapes: its summary, then a line for each shape, number of tokens and activation."""
+    columns = ["shape", "M x K", "N", "activation", *table_figures.COLUMNS.values()]
+    rows = []
+    for line in table_figures.lines(figures):
+        cells = [table_figures.cell(line[key]) for key in table_figures.COLUMNS]
+        rows.append([line["shape"] + _marks(line["row"]), line["size"], str(line["n"]), line["activation"], *cells])
+    lines = [Heading(3, "Shapes"), Paragraph(table_figures.NOTES), Table(columns, rows), *reasons(figures)]
+    return [Heading(3, "Summary of the shapes"), *body(summary, 3), *lines]
+
+
+def _marks(row: dict[str, Any]) -> str:
+    throttled = " **throttled**" if layout.is_throttled(row["conditions"]) else ""
+    return f"{'' if row['correct'] else ' **wrong**'}{throttled}"
+
+
+def _product_row(row: dict[str, Any]) -> list[str]:
+    fused = row["op"] == "rmsnorm_ternary_matmul"
+    faster = row.get("speedup_over", {})  # none on NumPy
+    kernel, floor = row["kernel"], row["ratio_to_floor"]
+    figures = [
+        kernel["cold"],
+        layout.one_l2(faster.get("cublas_fp16" if fused else "cublas_fp16_product"), "cold"),
+        layout.one_l2(faster.get(f"unfused_ternary_{row['activation']}"), "cold") if fused else "",
+        *(floor["cold"], row["gb_per_s"], row["bandwidth_pct"]),
+        *(kernel["warm"], floor["warm"], row["device"], row["end_to_end"]),
+    ]
+    return [row["op"] + _marks(row), row["activation"], *map(layout.short, figures)]
+
+
+_STATISTICS = ("mean", "std", "min", "max", "p50", "p90", "p95", "p99", "variance", "gap_variance", "longest_stall")
+
+
+def statistics(name: str, figures: dict[str, Any]) -> Table | None:
+    """Those of the main series of a part; None where it has none.
+
+    Percentiles whose tail holds too few samples are left as `null` here; report.json says why.
+    """
+    series = [(label, value) for label, value in _main_series(name, figures) if layout.is_series(value)]
+    columns = ["series", "unit", "n", *(key.replace("_", " ") for key in _STATISTICS)]
+    rows = [
+        [label, s["unit"], str(s["n"]), *(layout.number(s[key]["value"], 5) for key in _STATISTICS)]
+        for label, s in series
+    ]
+    return Table(columns, rows) if rows else None
+
+
+def _main_series(name: str, figures: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The series whose spread a reader asks for, as the original benchmark printed it."""
+    if name == "latency":  # of a table of shapes there are none
+        for layer, row in layout.fused_rows(figures, "int8"):
+            yield f"{layer} fused int8, kernel cold", row["kernel"]["cold"]
+            yield f"{layer} fused int8, device", row["device"]
+            yield f"{layer} fused int8, end to end", row["end_to_end"]
+    elif name == "tokens":
+        yield "time to the first token", figures.get("first_token")
+        yield "token latency", figures.get("token_latency")
+    elif name == "scaling":
+        for row in layout.measured_rows(figures.get("rows")):
+            yield f"token latency at context {row['context']}", row["latency"]
+
+
+# ---- the general layout ---------------------------------------------------------------------------------------------
+
+
+def body(figures: dict[str, Any], level: int) -> list[Block]:
+    """Any figures. Single ones and plain groups are lines of one table, those that are null are listed by reason.
+
+    Rows, and plain groups side by side, become tables of their own under a heading of `level`; what is nested deeper
+    gets a heading too.
+    """
+    known: list[list[str]] = []
+    nulls: dict[str, list[str]] = {}
+    nested: list[Block] = []
+    for key, value in figures.items():
+        if layout.is_null(value):
+            nulls.setdefault(value["reason"], []).append(f"`{key}`")
+        elif layout.is_series(value):
+            median = value["median"]
+            known.append([key, layout.with_unit(median), f"median; {layout.detail(median)}"])
+        elif is_metric(value) or layout.is_scalar(value):
+            known.append([key, layout.with_unit(value), layout.detail(value)])
+        elif layout.is_plain(value):
+            known.append([key, layout.inline(value), ""])
+        elif layout.is_rows(value):
+            rows = layout.measured_rows(value)
+            nested += [Heading(level, key), *([table(rows)] if rows else []), *reasons(value)]
+        elif layout.is_plain_groups(value):
+            rows = [{"name": name, **group} for name, group in value.items() if not layout.is_null(group)]
+            rest = {name: group for name, group in value.items() if layout.is_null(group)}
+            nested += [Heading(level, key), table(rows), *reasons(rows), *body(rest, level)]
+        elif isinstance(value, dict) and value:
+            nested += [Heading(level, key), *body(value, level + 1)]
+    blocks: list[Block] = [Table(["Figure", "Value", "Detail"], known)] if known else []
+    blocks += [Paragraph(f"null: {', '.join(keys)} ({reason})") for reason, keys in nulls.items()]
+    return blocks + nested
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """One line for each row; what is nested in it becomes columns of their own, a series its median."""
+    flat = [dict(layout.leaves(row)) for row in rows]
+    columns: dict[str, str] = {}  # name -> heading: with the unit, if any row has one
+    for name, value in (leaf for row in flat for leaf in row.items()):
+        unit = value.get("unit") if isinstance(value, dict) else None
+        if unit or name not in columns:
+            columns[name] = f"{name} ({unit})" if unit else name
+    return Table(list(columns.values()), [[layout.short(row.get(name, "")) for name in columns] for row in flat])
+
+
+def reasons(value: Any) -> list[Block]:
+    """Why figures inside `value` are null, a line for each reason; nothing where there is none."""
+    found = layout.reasons(value)
+    return [Paragraph("\n".join(f"null: {reason}" for reason in found))] if found else []

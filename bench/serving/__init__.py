@@ -1,0 +1,1 @@
+"""Live servers of any engine, as their clients see them."""

@@ -1,0 +1,803 @@
+"""The client of live servers: recorded exchanges over a local socket, and servers that do everything wrong.
+
+Times on a loaded machine: exact where they are given to the arithmetic, else compared with the moments at which the
+test's own server really sent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import socket
+import ssl
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgellm_cupy.bench.context import INTERRUPTED
+from edgellm_cupy.bench.metrics import is_metric, missing
+from edgellm_cupy.bench.reporting import markdown, report, schema
+from edgellm_cupy.bench.serving import server
+from edgellm_cupy.bench.serving.answers import Answer, Event
+from edgellm_cupy.errors import ArgumentValueError
+from tests.data.server import make_ollama
+
+DATA = Path(__file__).parents[1] / "data" / "server"
+FEW = server.Plan(requests=2, warm_up=1, max_tokens=8, prompt_tokens=32)
+KEY = "secret-key-123"
+
+Pieces = list[tuple[float, bytes]]  # seconds to wait before each, and what is sent
+
+
+class Request:
+    """What a client sent."""
+
+    def __init__(self, head: bytes, body: bytes):
+        line, *fields = head.decode("latin-1").split("\r\n")
+        self.method, self.path, _ = line.split(" ")
+        self.headers = {name.lower(): value for name, value in (field.split(": ", 1) for field in fields)}
+        self.body = json.loads(body) if body else None
+
+
+class Fake:
+    """A server on a local socket: `answer` gives the pieces for each request, on a connection of its own.
+
+    Attributes:
+        requests: all of them, in order.
+        sent: of each POST with a stream, when its pieces went out (`perf_counter`).
+    """
+
+    def __init__(self, answer: Callable[[Request], Pieces], reset: bool = False, certificate: Path | None = None):
+        self._answer, self._reset = answer, reset
+        self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if certificate else None
+        if self._tls:
+            self._tls.load_cert_chain(certificate)
+        self.requests: list[Request] = []
+        self.sent: list[list[float]] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http{'s' if certificate else ''}://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                connection, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):  # the client may hang up
+            stack.enter_context(connection)
+            if self._tls:
+                connection = stack.enter_context(self._tls.wrap_socket(connection, server_side=True))
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            data = b""
+            while b"\r\n\r\n" not in data:
+                if not (more := connection.recv(65536)):
+                    return
+                data += more
+                if data[0] == 0x16:  # of TLS; web servers answer so
+                    connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                    return
+            head, _, body = data.partition(b"\r\n\r\n")
+            length = re.search(rb"(?i)content-length: (\d+)", head)
+            while len(body) < int(length[1] if length else 0):
+                body += connection.recv(65536)
+            request = Request(head, body)
+            self.requests.append(request)
+            stamps: list[float] = []
+            if request.body and request.body["stream"]:
+                self.sent.append(stamps)
+            for delay, piece in self._answer(request):
+                time.sleep(delay)
+                stamps.append(time.perf_counter())
+                connection.sendall(piece)
+            if self._reset:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Fake]]:
+    fakes: list[Fake] = []
+
+    def start(answer: Callable[[Request], Pieces], **options: Any) -> Fake:
+        fakes.append(Fake(answer, **options))
+        return fakes[-1]
+
+    yield start
+    for fake in fakes:
+        fake.close()
+
+
+def head(kind: str, status: str = "200 OK", *more: str) -> bytes:
+    return "\r\n".join([f"HTTP/1.1 {status}", f"Content-Type: {kind}", *more, "", ""]).encode()
+
+
+def whole(found: Any, status: str = "200 OK") -> Pieces:
+    return [(0, head("application/json", status) + json.dumps(found).encode())]
+
+
+def sse(found: Any) -> bytes:
+    return f"data: {json.dumps(found)}\n\n".encode()
+
+
+def chunk(text: str | None = None, finish: str | None = None, **more: Any) -> bytes:
+    delta = {} if text is None else {"content": text}
+    return sse({"choices": [{"index": 0, "delta": delta, "finish_reason": finish}], **more})
+
+
+def usage(tokens: int, prompt: int = 40, **more: Any) -> dict[str, Any]:
+    return {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens, **more}
+
+
+DONE = b"data: [DONE]\n\n"
+ROLE = sse({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]})
+
+
+def stream(*pieces: bytes, gap: float = 0.0) -> Pieces:
+    return [(0, head("text/event-stream; charset=utf-8")), *((gap, piece) for piece in pieces)]
+
+
+def openai(answer: Callable[[Request], Pieces]) -> Callable[[Request], Pieces]:
+    """`answer` to prompts, and a list of one model."""
+
+    def with_models(request: Request) -> Pieces:
+        if request.method == "POST":
+            return answer(request)
+        if request.path == "/v1/models":
+            return whole({"data": [{"id": "tiny"}, {"id": "other"}]})
+        return whole({"detail": "Not Found"}, "404 Not Found")
+
+    return with_models
+
+
+def words(n: int) -> list[bytes]:
+    return [chunk(f" word{i}") for i in range(n)]
+
+
+def plain(n: int = 8, finish: str = "length") -> bytes:
+    """A stream of `n` tokens, one a chunk, as vLLM and llama.cpp send it."""
+    return b"".join([ROLE, *words(n), chunk(finish=finish), sse({"choices": [], "usage": usage(n)}), DONE])
+
+
+def measure(fake: Fake, plan: server.Plan = FEW, **options: Any) -> dict[str, Any]:
+    return server.run(server.Server(fake.url, options.pop("api", "openai"), timeout_s=20, **options), plan)
+
+
+def errors(figures: dict[str, Any]) -> list[str]:
+    return [line["error"] for line in figures["requests"] if "error" in line]
+
+
+def failing(fake: Fake, **options: Any) -> str:
+    """The one line of a run that cannot be."""
+    with pytest.raises(server.ServerError) as caught:
+        measure(fake, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def after_warm_up(good: Pieces, bad: Pieces) -> Callable[[Request], Pieces]:
+    """`good` for the warm-up and the last of two requests, `bad` for the first."""
+    answers = iter([good, bad, good])
+    return openai(lambda request: next(answers))
+
+
+# ---- recorded -------------------------------------------------------------------------------------------------------
+
+
+class Replay:
+    """Answers each request with the next recorded exchange of that method, path and kind, `scale` times as slow."""
+
+    def __init__(self, name: str, scale: float):
+        self.exchanges = json.loads((DATA / name).read_text())["exchanges"]
+        self._left, self._scale, self._lock = list(self.exchanges), scale, threading.Lock()
+
+    def __call__(self, request: Request) -> Pieces:
+        def kind(body: dict[str, Any] | None) -> bool:
+            return bool(body and body["stream"])
+
+        with self._lock:
+            same = [
+                each
+                for each in self._left
+                if (each["method"], each["path"]) == (request.method, request.path)
+                and kind(each["body"]) == kind(request.body)
+            ]
+            if len(same) > 1:  # the last one again and again
+                self._left.remove(same[0])
+        times = [0.0, *(ms for ms, _ in same[0]["pieces"])]
+        texts = [text.encode("latin-1") for _, text in same[0]["pieces"]]
+        return [(self._scale * (b - a) / 1e3, text) for a, b, text in zip(times, times[1:], texts, strict=False)]
+
+
+def recorded_streams(replay: Replay) -> list[list[tuple[float, int]]]:
+    """Of each recorded stream, without the client's parser: ms and chunks with output, for each of its pieces."""
+    posts = [each for each in replay.exchanges if each["method"] == "POST" and each["body"]["stream"]]
+    return [[(ms, text.count('"content": "')) for ms, text in each["pieces"]] for each in posts]
+
+
+def test_llama_cpp_python_as_recorded(serve):
+    replay = Replay("llama_cpp_python.json", 0.2)
+    fake = serve(replay)
+    figures = measure(fake, server.Plan(requests=3, warm_up=1, max_tokens=16, prompt_tokens=32))
+    assert errors(figures) == []
+    assert figures["model"] == "smollm2-135m-instruct-q4_1"
+    assert figures["engine"]["value"].endswith("llama.cpp Python API 0.3.36")
+    # It ignores stream_options: the counts come from the same request without a stream.
+    assert figures["options"]["counts"] == "usage of the same request without a stream"
+    posts = [request.body for request in fake.requests if request.method == "POST"]
+    assert [body["stream"] for body in posts] == [True, True, False, True, False, True, False]
+    assert posts[1]["messages"] == posts[2]["messages"]
+    assert posts[0]["stream_options"] == {"include_usage": True}
+    assert "stream_options" not in posts[2]
+    counts = [json.loads(each["pieces"][-1][1].rpartition("\r\n")[2])["usage"] for each in unstreamed(replay)]
+    lines = figures["requests"]
+    assert [line["completion_tokens"]["value"] for line in lines] == [each["completion_tokens"] for each in counts]
+    assert [line["prompt_tokens"]["value"] for line in lines] == [each["prompt_tokens"] for each in counts]
+    assert [line["chunks"] for line in lines] == [
+        sum(chunks for _, chunks in pieces) for pieces in recorded_streams(replay)[1:]
+    ]
+    assert [row["boundary"] for row in figures["rows"]] == ["client", "client"]
+
+
+def unstreamed(replay: Replay) -> list[dict[str, Any]]:
+    return [each for each in replay.exchanges if each["method"] == "POST" and not each["body"]["stream"]]
+
+
+def test_times_are_those_of_the_recording(serve):
+    """Against the moments at which the replay really sent, which a loaded machine may delay: then once more."""
+    scale = 0.2
+    tries = []
+    for _ in range(4):
+        replay = Replay("llama_cpp_python.json", scale)
+        fake = serve(replay)
+        figures = measure(fake, server.Plan(requests=3, warm_up=1, max_tokens=16, prompt_tokens=32))
+        seen, really = [], []
+        for line, sent, pieces in zip(figures["requests"], fake.sent[1:], recorded_streams(replay)[1:], strict=True):
+            output = [i for i, (_, chunks) in enumerate(pieces) if chunks]
+            # A replay may be late, never early.
+            assert line["first_token_ms"]["value"] >= scale * pieces[output[0]][0]
+            assert line["total_ms"]["value"] >= scale * pieces[output[-1]][0]
+            assert line["total_ms"]["value"] >= line["first_token_ms"]["value"] + line["first_to_last_ms"]["value"]
+            seen.append(line["first_to_last_ms"]["value"])
+            really.append(1e3 * (sent[output[-1]] - sent[output[0]]))
+        tries.append((seen, really))
+        if seen == pytest.approx(really, abs=10):
+            return
+    pytest.fail(f"ms between the first and the last chunk, seen and really: {tries}")
+
+
+def test_ollama_as_documented(serve):
+    fake = serve(Replay("ollama.json", 0.25))
+    figures = measure(fake, api="ollama")
+    assert errors(figures) == []
+    assert figures["model"] == "llama3.2:latest"
+    assert figures["engine"]["value"] == "Ollama 0.5.1"
+    assert figures["weights"]["quantisation"]["value"] == "Q4_K_M"
+    assert figures["weights"]["bytes"]["value"] == make_ollama.MODEL["size"]
+    rows = {(row["name"], row["boundary"]): row for row in figures["rows"]}
+    assert set(rows) == {(name, boundary) for name in ("pp32", "tg8") for boundary in ("client", "server")}
+    told = rows["tg8", "server"]["tok_s"]["value"]
+    assert told == pytest.approx(1e9 * make_ollama.TOKENS / make_ollama.OUTPUT_NS)
+    told = rows["pp32", "server"]["tok_s"]["value"]
+    assert told == pytest.approx(1e9 * make_ollama.PROMPT_TOKENS / make_ollama.PROMPT_NS)
+    assert rows["pp32", "server"]["latency"]["median"]["value"] == pytest.approx(make_ollama.PROMPT_NS / 1e6)
+    line = figures["requests"][0]
+    assert (line["prompt_tokens"]["value"], line["completion_tokens"]["value"], line["counts"]) == (41, 8, "eval_count")
+    assert line["chunks"] == 8  # the one that thinks too, and not the last one, which only counts
+    assert figures["one_token_a_chunk"]["value"] is True
+    body = fake.requests[-1].body
+    assert body["options"] == {"temperature": 0, "num_predict": 8}
+    assert "max_tokens" not in body
+
+
+# ---- arithmetic -----------------------------------------------------------------------------------------------------
+
+
+def answered(at: list[float], tokens: int | None, **counts: int) -> dict[str, Any]:
+    """The line of an answer whose chunks came at these seconds after it was asked for."""
+    answer = Answer(connect_s=0.002, begin=100.0, end=100.0 + at[-1] + 0.01)
+    for t in at:
+        answer.add(Event(at=100.0 + t, text="x"))
+    answer.add(Event(finish="length", counts=counts))
+    told = {"completion_tokens": missing("not told") if tokens is None else {"value": tokens}}
+    return {**answer.line(100.0), "prompt_tokens": {"value": 50}, "counts": "usage", **told}
+
+
+def figures_of(*lines: dict[str, Any], plan: server.Plan = FEW) -> dict[str, Any]:
+    return server._figures(plan, list(lines), server._wall(plan, lines))
+
+
+def test_rates_are_of_the_tokens_behind_the_first():
+    figures = figures_of(answered([0.5, 0.6, 0.9], 3), answered([0.25, 0.5, 0.75], 3))
+    prompt, output = figures["rows"]
+    assert figures["time_to_first_token"]["samples"] == [500, 250]
+    assert figures["time_per_output_token"]["samples"] == [200, 250]
+    assert output["tok_s"]["value"] == pytest.approx((5 + 4) / 2)
+    assert prompt["tok_s"]["value"] == pytest.approx((50 / 0.5 + 50 / 0.25) / 2)
+    assert figures["inter_token"]["samples"] == [100, 300, 250, 250]
+    assert figures["time_to_first_token"]["relative_error"] == pytest.approx(125 / 375)
+    assert figures["throughput"]["wall"]["value"] == pytest.approx(0.91 + 0.76)
+    assert figures["throughput"]["output_tok_s"]["value"] == pytest.approx(6 / (0.91 + 0.76))
+
+
+def test_chunks_of_several_tokens_are_no_tokens():
+    figures = figures_of(answered([0.5, 0.7, 0.9], 9))
+    assert figures["time_per_output_token"]["samples"] == [50]
+    assert figures["inter_chunk"]["samples"] == [200, 200]
+    assert figures["inter_token"]["value"] is None
+    assert "3 chunks with output, 9 tokens" in figures["inter_token"]["reason"]
+    assert figures["one_token_a_chunk"]["value"] is False
+
+
+def test_cached_prompt_tokens_make_no_speed():
+    figures = figures_of(answered([0.5, 0.6], 2, cached_tokens=30), answered([0.5, 0.6], 2, cached_tokens=50))
+    assert figures["rows"][0]["tok_s"]["value"] == pytest.approx((50 - 30) / 0.5)
+    assert figures["rows"][0]["tok_s"]["n"] == 1
+
+
+@pytest.mark.parametrize(("at", "tokens"), [([0.5], 1), ([0.5], 8), ([0.5, 0.5, 0.5], 3)])
+def test_nothing_between_the_first_and_the_last_is_no_rate(at, tokens):
+    figures = figures_of(answered(at, tokens))
+    assert figures["client_tok_s"]["value"] is None
+    assert "at one time" in figures["client_tok_s"]["reason"]
+    assert figures["client_first_token_ms"]["value"] == 500
+
+
+def test_wall_of_requests_side_by_side_holds_the_failed_ones():
+    plan = server.Plan(requests=3, concurrency=2)
+    failed = {"error": "no", "begin_s": 0.2, "end_s": 3.0}
+    assert server._wall(plan, [answered([0.5, 0.6], 2), failed]) == pytest.approx(3.0)
+    assert server._wall(FEW, [answered([0.5, 0.6], 2), failed]) == pytest.approx(0.61)
+
+
+# ---- streams that are awkward ---------------------------------------------------------------------------------------
+
+
+def test_usage_counts_and_not_chunks(serve):
+    many = [ROLE, chunk(" a b c"), chunk(""), chunk(" d e"), chunk(), chunk(" f"), chunk(finish="stop")]
+    fake = serve(openai(lambda request: stream(*many, sse({"choices": [], "usage": usage(6)}), DONE, gap=0.004)))
+    figures = measure(fake)
+    for line in figures["requests"]:
+        assert (line["chunks"], line["completion_tokens"]["value"], line["counts"]) == (3, 6, "usage")
+    assert figures["inter_token"]["value"] is None
+    assert figures["options"]["finish_reasons"] == {"stop": 2}
+    assert figures["client_tok_s"]["value"] > 0
+
+
+def test_thinking_is_output(serve):
+    thinking = [sse({"choices": [{"delta": {key: "hm"}}]}) for key in ("reasoning_content", "reasoning")]
+    pieces = [ROLE, *thinking, chunk(" so", "length", usage=usage(3)), DONE]
+    figures = measure(serve(openai(lambda request: stream(*pieces, gap=0.004))))
+    assert figures["requests"][0]["chunks"] == 3
+    assert figures["one_token_a_chunk"]["value"] is True
+
+
+def test_completions_without_a_template(serve):
+    pieces = [sse({"choices": [{"text": f" w{i}", "finish_reason": None}], "usage": None}) for i in range(3)]
+    last = sse({"choices": [{"text": "", "finish_reason": "length"}], "usage": usage(3)})
+    fake = serve(openai(lambda request: stream(*pieces, last, DONE, gap=0.004)))
+    figures = measure(fake, endpoint="completion")
+    assert figures["endpoint"] == "/v1/completions"
+    assert figures["requests"][0]["chunks"] == 3
+    assert "messages" not in fake.requests[-1].body
+    assert isinstance(fake.requests[-1].body["prompt"], str)
+
+
+def test_lines_in_pieces_comments_and_crlf(serve):
+    """Pieces that end inside a line, and inside a character; CR LF; pings; a field name and data without a space."""
+    text = (": ping\r\n\r\nevent: message\r\n" + plain(3).decode() + "\r\n").replace("word1", "wörd1")
+    data = text.replace("\\u00f6", "ö").replace("\n\n", "\r\n\r\n").replace("data: ", "data:").encode()
+    pieces = [data[i : i + 7] for i in range(0, len(data), 7)]
+    figures = measure(serve(openai(lambda request: stream(*pieces))))
+    assert [line["chunks"] for line in figures["requests"]] == [3, 3]
+
+
+def test_llama_cpp_tells_its_own_times(serve):
+    timings = {"cache_n": 8, "prompt_n": 32, "prompt_ms": 16.0, "predicted_n": 4, "predicted_ms": 50.0}
+    last = chunk(finish="length", timings=timings)
+    pieces = [ROLE, *words(4), last, sse({"choices": [], "usage": usage(4), "timings": timings}), DONE]
+    figures = measure(serve(openai(lambda request: stream(*pieces, gap=0.004))))
+    rows = {(row["name"], row["boundary"]): row for row in figures["rows"]}
+    assert rows["pp32", "server"]["tok_s"]["value"] == pytest.approx(2000)
+    assert rows["tg8", "server"]["tok_s"]["value"] == pytest.approx(80)
+    assert rows["tg8", "server"]["latency"]["median"]["value"] == pytest.approx(12.5)
+    assert figures["requests"][0]["cached_tokens"]["value"] == 8
+    client = rows["pp32", "client"]
+    assert client["tok_s"]["value"] * client["latency"]["median"]["value"] == pytest.approx(32e3, rel=0.5)
+
+
+def test_without_any_usage_chunks_are_no_count(serve):
+    def answer(request: Request) -> Pieces:
+        if request.body["stream"]:
+            return stream(*words(4), chunk(finish="stop"), DONE, gap=0.004)
+        return whole({"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]})
+
+    fake = serve(openai(answer))
+    figures = measure(fake)
+    assert figures["client_tok_s"]["value"] is None
+    assert "sent no usage" in figures["client_tok_s"]["reason"]
+    assert figures["throughput"]["output_tok_s"]["value"] is None
+    assert [line["chunks"] for line in figures["requests"]] == [4, 4]
+    assert figures["inter_chunk"]["n"] == 6
+    assert figures["client_first_token_ms"]["value"] > 0
+    assert sum(not request.body["stream"] for request in fake.requests if request.body) == 1  # asked once, not again
+
+
+@pytest.mark.parametrize(
+    ("finish", "text", "known"), [("stop", " word0 word1", True), ("stop", "other", False), ("length", "other", True)]
+)
+def test_counts_without_a_stream_are_of_the_same_output(serve, finish, text, known):
+    def answer(request: Request) -> Pieces:
+        if request.body["stream"]:
+            return stream(*words(2), chunk(finish=finish), DONE, gap=0.004)
+        return whole({"choices": [{"message": {"content": text}, "finish_reason": finish}], "usage": usage(2)})
+
+    line = measure(serve(openai(answer)))["requests"][0]
+    assert line["prompt_tokens"]["value"] == 40
+    assert line["completion_tokens"]["value"] == (2 if known else None)
+    assert known or "another text" in line["completion_tokens"]["reason"]
+
+
+# ---- servers that fail ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (stream(ROLE, *words(2), sse({"error": {"message": "out of memory", "code": 500}})), "after 2 chunks: out of"),
+        (stream(*words(1), b'error: {"code":500,"message":"slot lost"}\n\n'), "after 1 chunks: slot lost"),
+        (stream(*words(3)), "cut off after 3 chunks"),
+        (stream(*words(3), DONE), "cut off after 3 chunks"),  # llama-cpp-python, when another request comes
+        (stream(ROLE, chunk(finish="stop"), DONE), "no output came, finished by 'stop'"),
+        (stream(b"data: {not json}\n\n"), "after 0 chunks: no JSON came: ' {not json}'"),
+        (stream(sse({"choices": "strange"})), "not what OpenAI's API says"),
+        (stream(sse([1, 2])), "not what OpenAI's API says"),
+        ([(0, head("text/html") + b"<html>Welcome</html>")], "no server-sent event came but text/html: '<html>Wel"),
+        (whole({"choices": []}), "no server-sent event came but application/json"),
+        (
+            whole({"error": {"message": "model is busy"}}, "503 Service Unavailable"),
+            "status 503 Service Unavailable: mod",
+        ),
+        (whole({"detail": "Not Found"}, "404 Not Found"), "status 404 Not Found: Not Found"),
+        (
+            [(0, head("text/plain", "500 Internal Server Error") + b"Traceback\nof a bug")],
+            r"status 500 .*'Traceback\\n",
+        ),
+        ([(0, head("text/html", "301 Moved", "Location: https://elsewhere/v1"))], "has moved to https://elsewhere/v1"),
+        ([(0, b"SSH-2.0-OpenSSH_9.6\r\n")], "no HTTP: BadStatusLine"),
+        ([(0, b"")], "closed the connection in the middle"),
+        (
+            [(0, head("text/event-stream", "200 OK", "Transfer-Encoding: chunked") + b"40\r\ndata: {")],
+            "closed the conn",
+        ),
+    ],
+)
+def test_a_request_that_fails_is_a_line_and_no_figure(serve, bad, said):
+    fake = serve(after_warm_up(stream(plain()), bad))
+    figures = measure(fake)
+    assert sorted(figures["requests"][0]) == ["error", "request"]
+    assert re.search(said, errors(figures)[0])
+    assert errors(figures)[0].startswith(f"POST {fake.url[7:]}/v1/chat/completions: ")
+    assert figures["time_to_first_token"]["n"] == figures["throughput"]["answered"] == 1
+    made = server.report(server.Server(fake.url, "openai"), FEW, figures, "")
+    assert made["errors"] == {"server/request 1": {"reason": errors(figures)[0], "traceback": ""}}
+
+
+def test_a_connection_that_is_reset(serve):
+    assert "closed the connection in the middle" in failing(serve(openai(lambda r: stream(*words(2))), reset=True))
+
+
+def test_all_requests_fail(serve):
+    answers = iter([stream(plain()), *2 * [whole({"error": "full"}, "429 Too Many Requests")]])
+    said = failing(serve(openai(lambda request: next(answers))))
+    assert "none of 2 requests was answered" in said
+    assert "status 429 Too Many Requests: full" in said
+
+
+def test_nobody_listens():
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    with pytest.raises(server.ServerError, match=f"^{url}: connection refused: no server listens there$"):
+        server.run(server.Server(url, "openai"), FEW)
+
+
+def test_silence_ends_at_the_limit(serve):
+    """Pings keep a connection alive for ever; the limit is of the whole request."""
+    fake = serve(openai(lambda request: stream(*60 * [b": ping\n\n"], gap=0.05)))
+    start = time.perf_counter()
+    with pytest.raises(server.ServerError, match=r"not finished after 0\.4 s"):
+        server.run(server.Server(fake.url, "openai", timeout_s=0.4), FEW)
+    assert time.perf_counter() - start < 2.5  # the pings go on for 3 s
+
+
+@pytest.fixture
+def certificate(tmp_path):
+    """Of 127.0.0.1, signed by itself, with its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl to make a certificate with")
+    path = tmp_path / "certificate.pem"
+    options = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1"
+    subprocess.run(
+        ["openssl", *options.split(), "-keyout", path, "-out", tmp_path / "c"], check=True, capture_output=True
+    )
+    path.write_bytes(path.read_bytes() + (tmp_path / "c").read_bytes())
+    return path
+
+
+def test_https(serve, certificate, monkeypatch):
+    fake = serve(openai(lambda request: stream(plain())), certificate=certificate)
+    where = server.Server(fake.url, "openai", timeout_s=20)
+    with pytest.raises(server.ServerError, match=r"certificate is not trusted: self.signed"):
+        server.run(where, FEW)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    assert errors(server.run(where, FEW)) == []
+
+
+def test_https_to_a_server_without_it(serve):
+    fake = serve(openai(lambda request: stream(plain())))
+    with pytest.raises(server.ServerError, match=r"no TLS: .*; is it http instead of https"):
+        server.run(server.Server(fake.url.replace("http", "https"), "openai", timeout_s=5), FEW)
+
+
+def test_ollama_errors(serve):
+    tags = {"models": [{"name": "m"}]}
+    for bad, said in (
+        (b'{"error":"model \'m\' not found"}\n', "after 0 chunks: model 'm' not found"),
+        (b"<html>", "no line of Ollama's came but application/x-ndjson: '<html>'"),
+        (b'{"choices": []}\n', "no line of Ollama's came"),
+        (b'{"message":{"content":"a"},"done":false}\n', "cut off after 1 chunks"),
+    ):
+        line = head("application/x-ndjson") + bad
+        fake = serve(lambda r, line=line: [(0, line)] if r.method == "POST" else whole(tags))
+        assert said in failing(fake, api="ollama")
+
+
+# ---- what is asked --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", ["400 Bad Request", "422 Unprocessable Entity"])
+def test_a_server_that_refuses_extras_is_asked_without(serve, status):
+    def answer(request: Request) -> Pieces:
+        if "ignore_eos" in request.body:
+            return whole({"error": {"message": "unknown field ignore_eos"}}, status)
+        return stream(plain())
+
+    fake = serve(openai(answer))
+    figures = measure(fake)
+    assert figures["options"]["refused"] == "ignore_eos"
+    assert figures["options"]["sent"] == "stream_options"
+    assert errors(figures) == []
+    assert sum("ignore_eos" in request.body for request in fake.requests if request.body) == 1
+
+
+def test_a_server_that_refuses_everything(serve):
+    fake = serve(openai(lambda request: whole({"error": {"message": "no template"}}, "400 Bad Request")))
+    assert "status 400 Bad Request: no template" in failing(fake)
+
+
+def test_prompts_differ_from_their_first_word(serve):
+    fake = serve(openai(lambda request: stream(plain())))
+    measure(fake, server.Plan(requests=20, warm_up=2, max_tokens=8, prompt_tokens=32))
+    prompts = [request.body["messages"][0]["content"] for request in fake.requests if request.body]
+    assert len(prompts) == 22
+    assert len({prompt.split()[0] for prompt in prompts}) == 22
+    assert fake.requests[-1].body["temperature"] == 0
+    assert fake.requests[-1].body["max_tokens"] == 8
+
+
+def test_prompts_of_another_run_differ(serve):
+    fake = serve(openai(lambda request: stream(plain())))
+    measure(fake)
+    measure(fake)
+    prompts = [request.body["messages"][0]["content"] for request in fake.requests if request.body]
+    assert len(set(prompts)) == 6
+
+
+def test_model_is_the_first_or_the_named(serve):
+    fake = serve(openai(lambda request: stream(plain())))
+    assert measure(fake)["model"] == "tiny"
+    assert measure(fake, model="other")["model"] == fake.requests[-1].body["model"] == "other"
+
+
+def test_no_list_of_models(serve):
+    fake = serve(lambda r: stream(plain()) if r.method == "POST" else whole({"detail": "Not Found"}, "404 Not Found"))
+    assert "lists no model, name one" in failing(fake)
+    assert measure(fake, model="mine")["model"] == "mine"
+
+
+def test_engines_that_tell(serve):
+    def server_of(path: str, found: Any, owner: str = "me") -> Callable[[Request], Pieces]:
+        meta = {"n_params": 134515008, "size": 98362432}
+
+        def answer(request: Request) -> Pieces:
+            if request.method == "POST":
+                return stream(plain())
+            if request.path == "/v1/models":
+                return whole({"data": [{"id": "m", "owned_by": owner, "meta": meta}]})
+            return whole(found) if request.path == path else whole({}, "404 Not Found")
+
+        return answer
+
+    llama = measure(serve(server_of("/props", {"build_info": "b4567-abc"})))
+    assert llama["engine"]["value"] == "llama.cpp b4567-abc"
+    assert llama["weights"]["bytes"] == {"value": 98362432, "unit": "bytes"}
+    assert measure(serve(server_of("/version", {"version": "0.9.1"}, "vllm")))["engine"]["value"] == "vLLM 0.9.1"
+    nobody = measure(serve(server_of("/none", {})))["engine"]
+    assert nobody["value"] is None
+    assert nobody["reason"]
+
+
+def test_url_may_end_with_v1_and_have_a_path(serve):
+    fake = serve(lambda request: stream(plain()) if request.method == "POST" else whole({"data": [{"id": "m"}]}))
+    server.run(server.Server(fake.url + "/proxy/v1/", "openai"), FEW)
+    assert {r.path for r in fake.requests if r.method == "POST"} == {"/proxy/v1/chat/completions"}
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["localhost:8080", "ftp://x", "http://", "http://x:99999", "http://me:pw@x", "http://x?api_key=1", "http://x/\n"],
+)
+def test_urls_that_are_none(url):
+    with pytest.raises(ArgumentValueError) as caught:
+        server.Server(url, "openai")
+    assert "url" in str(caught.value)
+    assert "pw" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"requests": 0}, {"warm_up": 0}, {"max_tokens": 1}, {"prompt_tokens": 8}, {"concurrency": 0}, {"concurrency": 21}],
+)
+def test_plans_that_are_none(wrong):
+    with pytest.raises(ArgumentValueError, match=next(iter(wrong))):
+        server.Plan(**wrong)
+
+
+def test_servers_that_are_none():
+    for wrong in ({"api": "grpc"}, {"endpoint": "embeddings"}, {"timeout_s": 0.0}, {"api_key": "a\nb"}):
+        with pytest.raises(ArgumentValueError, match=next(iter(wrong))):
+            server.Server(**{"url": "http://x", "api": "openai", **wrong})
+
+
+# ---- the key --------------------------------------------------------------------------------------------------------
+
+
+def test_key_is_sent_and_never_written(serve):
+    echoes = {"error": {"message": f"Incorrect API key provided: {KEY}"}}
+    fake = serve(after_warm_up(stream(plain()), whole(echoes, "401 Unauthorized")))
+    where = server.Server(fake.url, "openai", api_key=KEY)
+    figures = server.run(where, FEW)
+    made = server.report(where, FEW, figures, f"edgellm bench server --api-key {KEY}")
+    assert all(request.headers["authorization"] == f"Bearer {KEY}" for request in fake.requests)
+    assert KEY not in json.dumps(made)
+    assert "***" in made["command"]
+    assert "Incorrect API key provided: ***" in errors(figures)[0]
+    assert KEY not in repr(where)
+
+
+def test_without_a_key_none_is_sent(serve):
+    fake = serve(openai(lambda request: stream(plain())))
+    measure(fake)
+    assert all("authorization" not in request.headers for request in fake.requests)
+
+
+# ---- rows, threads, Ctrl-C ------------------------------------------------------------------------------------------
+
+
+def test_requests_side_by_side(serve):
+    """Two at a time: the server holds every request until a second one is there, or gives up."""
+    both = threading.Barrier(2, timeout=20)
+    warm = iter([True])
+
+    def answer(request: Request) -> Pieces:
+        if not next(warm, False):
+            both.wait()
+        return stream(*words(8), chunk(finish="length", usage=usage(8)), DONE, gap=0.002)
+
+    plan = server.Plan(requests=4, warm_up=1, max_tokens=8, prompt_tokens=32, concurrency=2)
+    keys: list[str] = []
+
+    def row(key: str, boundary: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        keys.append(f"{key} {boundary}")
+        return {**measure(), "boundary": boundary}
+
+    figures = server.run(server.Server(serve(openai(answer)).url, "openai", timeout_s=30), plan, row=row)
+    assert errors(figures) == []
+    assert keys == ["server/requests client"]
+    throughput = figures["throughput"]
+    assert throughput["answered"] == 4
+    wall = throughput["wall"]["value"]
+    assert throughput["requests_s"]["value"] == pytest.approx(4 / wall)
+    assert throughput["output_tok_s"]["value"] == pytest.approx(32 / wall)
+    assert wall < sum(line["total_ms"]["value"] for line in figures["requests"]) / 1e3
+
+
+def test_rows_that_are_kept_are_not_asked_again(serve):
+    fake = serve(openai(lambda request: stream(plain())))
+    kept: dict[str, dict[str, Any]] = {}
+
+    def row(key: str, boundary: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        kept.setdefault(key, json.loads(json.dumps({**measure(), "boundary": boundary})) if key not in kept else {})
+        return kept[key]
+
+    where = server.Server(fake.url, "openai")
+    first = server.run(where, FEW, row=row)
+    asked = len(fake.sent)
+    again = server.run(where, FEW, row=row)
+    assert list(kept) == ["server/request 1", "server/request 2"]
+    assert len(fake.sent) == asked + FEW.warm_up
+    assert again["time_to_first_token"]["samples"] == first["time_to_first_token"]["samples"]
+
+
+def test_ctrl_c_keeps_what_was_answered(serve):
+    fake = serve(openai(lambda request: stream(plain())))
+    plan = server.Plan(requests=5, warm_up=1, max_tokens=8, prompt_tokens=32)
+
+    def interrupted(message: str) -> None:
+        if message == "request 4 of 5":
+            raise KeyboardInterrupt
+
+    where = server.Server(fake.url, "openai")
+    figures = server.run(where, plan, interrupted)
+    assert (figures["interrupted"], len(figures["requests"])) == (True, 3)
+    assert server.report(where, plan, figures, "")["interrupted"] is True
+
+    def at_once(message: str) -> None:
+        if message.startswith("warm-up"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        server.run(where, plan, at_once)
+
+
+def test_a_row_that_context_did_not_measure_is_an_interruption(serve):
+    fake = serve(openai(lambda request: stream(plain())))
+
+    def row(key: str, boundary: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        return measure() if key.endswith("1") else missing(INTERRUPTED)
+
+    figures = server.run(server.Server(fake.url, "openai"), FEW, row=row)
+    assert figures["interrupted"] is True
+    assert errors(figures) == [INTERRUPTED]
+
+
+# ---- the report -----------------------------------------------------------------------------------------------------
+
+
+def test_report_is_whole(serve, tmp_path):
+    fake = serve(openai(lambda request: stream(plain())))
+    where = server.Server(fake.url, "openai")
+    made = server.report(where, FEW, server.run(where, FEW), "edgellm bench server")
+    (tmp_path / "report.json").write_text(json.dumps(made, allow_nan=False))
+    assert report.load(tmp_path / "report.json") == made
+    assert schema.faults(made) == []
+    assert list(made["summary"]) == list(report.KEYS)
+    assert made["summary"]["model_name"]["value"] == "tiny"
+    assert all(is_metric(figure) for figure in made["summary"].values())
+    text = markdown.markdown(made)
+    assert "tiny" in text
+    assert "tg8" in text
+    assert fake.url in text
+
+
+def test_requests_that_fail_alike_are_one_error(serve):
+    bad = whole({"error": "full"}, "429 Too Many Requests")
+    answers = iter([stream(plain()), bad, stream(plain()), bad, whole({"error": "gone"}, "410 Gone")])
+    plan = server.Plan(requests=4, warm_up=1, max_tokens=8, prompt_tokens=32)
+    fake = serve(openai(lambda request: next(answers)))
+    found = server.report(server.Server(fake.url, "openai"), plan, measure(fake, plan), "")["errors"]
+    assert list(found) == ["server/request 1", "server/request 4"]
+    assert found["server/request 1"]["reason"].endswith("full; 2 requests alike")
+    assert found["server/request 4"]["reason"].endswith("gone")
