@@ -15,7 +15,7 @@ import edgellm_cupy as ec
 def run(
     module: str, arguments: Sequence[str], time_limit_s: float, under: Sequence[str] = ()
 ) -> tuple[int | None, str]:
-    """Run ``python -m edgellm_cupy.bench.MODULE ARGUMENTS``, behind the words of `under`.
+    """Run ``python -m edgellm_cupy.bench.parts.MODULE ARGUMENTS``, behind the words of `under`.
 
     Returns:
         The exit code, and what was printed on both streams. At the time limit the program and all that it started are
@@ -24,7 +24,7 @@ def run(
     Raises:
         OSError: it did not start.
     """
-    command = [*under, sys.executable, "-m", f"edgellm_cupy.bench.{module}", *arguments]
+    command = [*under, sys.executable, "-m", f"{__package__}.{module}", *arguments]
     process = subprocess.Popen(
         command, env=_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, errors="replace", start_new_session=True,

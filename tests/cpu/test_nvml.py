@@ -446,7 +446,7 @@ def test_without_a_counter_the_power_is_integrated() -> None:
     ("windows", "suspect"), [([False, True, None], True), ([False, None], None), ([False, False], False)]
 )
 def test_an_unknown_agreement_is_not_a_good_one(windows: list[bool | None], suspect: bool | None) -> None:
-    one = {"joules": measured(10.0, "J", source="counter"), "calls": 2, "seconds": 1.0}
+    one = {"joules": measured(10.0, "J", source="counter"), "calls": 2, "ticks": 25, "seconds": 1.0}
     idle = {"mean_power_w": measured(1.0, "W")}
     figures = power.per_call([{**one, "suspect": {"value": s}} for s in windows], [idle], context=1024)
     for figure in figures.values():
@@ -524,6 +524,7 @@ def test_net_energy_is_above_idle() -> None:
     def window(joules: float, seconds: float, calls: int) -> dict[str, Any]:
         return {
             "joules": measured(joules, "J", source="counter"),
+            "ticks": 25,
             "seconds": seconds,
             "calls": calls,
             "suspect": measured(False),
