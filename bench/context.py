@@ -14,9 +14,9 @@ import edgellm_cupy as ec
 
 from ..formats.checkpoint import Checkpoint
 from ..sampling import Sampling
-from .journal import NOWHERE, Journal, JournalError
+from .journal import Journal, JournalError
 from .machine.telemetry import Telemetry
-from .metrics import missing
+from .metrics import fields, missing
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ class Context:
     kv_dtype: str = "auto"
     whole: bool = False
     seed: int = 0
-    journal: Journal = NOWHERE
+    journal: Journal = field(default_factory=Journal)
     telemetry: Telemetry = field(init=False)
     failures: list[str] = field(default_factory=list)
     errors: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -100,7 +100,8 @@ class Context:
     def row(self, key: str, boundary: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The figures of one row, which the journal keeps, with its `boundary` and the `conditions` meanwhile.
 
-        A row that the journal already has is not measured again. After Ctrl-C, and where `measure` raises, the row is a
+        A row that the journal already has is not measured again; one of an earlier process is marked ``resumed``, and
+        its conditions count the seconds of that process. After Ctrl-C, and where `measure` raises, the row is a
         null figure with the reason; the part makes of its other rows what it can.
 
         Args:
@@ -111,7 +112,7 @@ class Context:
         """
         if recorded := self.journal.recorded(key):
             self.failures += [line for line in recorded["failures"] if line not in self.failures]
-            return dict(recorded["figures"])
+            return {**recorded["figures"], **({"resumed": True} if key in self.journal.taken else {})}
         if self.interrupted:
             return missing(INTERRUPTED)
         known, start = len(self.failures), time.perf_counter()
@@ -119,7 +120,8 @@ class Context:
             with self.telemetry.watch() as conditions:
                 figures = measure()
             figures = {**figures, "boundary": boundary, "conditions": conditions}
-            self.journal.record(key, time.perf_counter() - start, figures, self.failures[known:])
+            if fields(figures):  # one that is null may have a value when a resumed run tries again
+                self.journal.record(key, time.perf_counter() - start, figures, self.failures[known:])
         except KeyboardInterrupt:
             self.interrupted = True
             return missing(INTERRUPTED)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -31,16 +32,16 @@ class JournalError(EdgeLLMError):
 
 
 class Journal:
-    """Rows by key, and the file that keeps them. Without a file (:data:`NOWHERE`) nothing is kept.
+    """Rows by key, and the file that keeps them; without one they last as long as the process.
 
     Attributes:
         path: of rows.jsonl, or None.
-        taken: keys that :meth:`recorded` found: what a resumed run did not measure itself.
+        taken: keys of the rows of an earlier process that :meth:`recorded` found: what a resumed run did not measure.
     """
 
     def __init__(self, path: Path | None = None, rows: Mapping[str, dict[str, Any]] | None = None):
         self.path, self.taken = path, list[str]()
-        self._rows = dict(rows or {})
+        self._earlier, self._rows = frozenset(rows or ()), dict(rows or {})
         self._file: TextIO | None = None
 
     @classmethod
@@ -69,18 +70,21 @@ class Journal:
     def recorded(self, key: str) -> dict[str, Any] | None:
         """The line of a row that is already there, or None."""
         line = self._rows.get(key)
-        if line is not None:
+        if key in self._earlier and key not in self.taken:
             self.taken.append(key)
         return line
 
     def record(self, key: str, seconds: float, figures: Mapping[str, Any], failures: Sequence[str]) -> None:
         """Keep a finished row."""
+        line = {"key": key, "seconds": round(seconds, 6), "figures": figures, "failures": list(failures)}
         if self._file:
-            self._write({"key": key, "seconds": round(seconds, 6), "figures": figures, "failures": list(failures)})
+            self._write(line)
+        self._rows[key] = line
 
     def close(self) -> None:
         if self._file:
-            self._file.close()
+            with suppress(OSError):  # of a disk that is full, which the row has said
+                self._file.close()
             self._file = None
 
     def _append_to(self, length: int) -> None:
@@ -101,10 +105,6 @@ class Journal:
             os.fsync(self._file.fileno())
         except OSError as e:
             raise JournalError(f"{self.path}: cannot be written: {e.strerror}") from e
-
-
-NOWHERE = Journal()
-"""Keeps nothing."""
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -46,7 +46,7 @@ def effective_samples(values: Sequence[float] | np.ndarray) -> float:
     return n / max(time, 1.0)
 
 
-def relative_standard_error(values: Sequence[float]) -> float:
+def relative_standard_error(values: Sequence[float] | np.ndarray) -> float:
     """Standard error of the mean of `values`, which are in order of time, over the mean.
 
     As many samples count as the series is worth: while clocks drift, more samples do not make it precise. Infinite
@@ -222,7 +222,8 @@ def summarise(
     Keys: unit, n, median and p50 (with ci95), mean (with ci95), std, min, max, p90, p95, p99 (with ci95),
     p99_minus_p50, variance, iqr, mad (median absolute deviation), gap_variance (of the differences of neighbours),
     longest_stall (how far the largest sample lies above the median, with its index and, where `at_s` tells it, the
-    seconds since the series began), samples (all of them, in order).
+    seconds since the series began), relative_error (:func:`relative_standard_error`, where it is finite), samples (all
+    of them, in order).
 
     Raises:
         ValueError: no samples, or one that is not finite: a failed measurement must not become a figure.
@@ -238,6 +239,7 @@ def summarise(
         gaps = gaps[np.arange(1, n) % run != 0]
     mid = float(np.median(v))
     p50, p99 = median(values, unit), percentile(values, 99, unit)
+    error = relative_standard_error(v)
     worst = int(v.argmax())
     return {
         "unit": unit,
@@ -263,6 +265,7 @@ def summarise(
         "longest_stall": measured(
             float(v[worst]) - mid, unit, index=worst, **({"at_s": round(at_s[worst], 6)} if len(at_s) else {})
         ),
+        **({"relative_error": error} if math.isfinite(error) else {}),
         **detail,
         "samples": [float(f"{s:.6g}") for s in v],
     }

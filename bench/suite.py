@@ -79,7 +79,8 @@ class DecoderCheck(NamedTuple):
     Attributes:
         activation: of both decoders.
         bound: largest relative distance of their logits, as norms over the vocabulary.
-        depths: of random keys and values before the tokens; 0: a prompt of :data:`PROMPT_TOKENS` instead.
+        depths: of random keys and values before the tokens and a prompt of :data:`PROMPT_TOKENS` behind them; 0: that
+            prompt, and then the tokens.
     """
 
     activation: str
@@ -199,8 +200,10 @@ def identity(ctx: Context, names: Iterable[str]) -> dict[str, Any]:
     """What must be the same for rows of two processes to belong to one run."""
     where = reproducibility.environment(ctx)
     return {
-        "version": __version__,
+        "code": reproducibility.code_hash(),
+        "versions": reproducibility.versions(),
         **{key: where[key]["value"] for key in _SAME},
+        "gpu_uuid": None if ctx.no_gpu else current_nvml_device().read("UUID")["value"],
         "backend": ctx.backend,
         "parts": list(names),
         "model": ctx.config.to_dict(),
@@ -211,7 +214,7 @@ def identity(ctx: Context, names: Iterable[str]) -> dict[str, Any]:
     }
 
 
-_SAME = ("git_commit", "git_modified", "gpu_model", "driver_version", "cpu_model")
+_SAME = ("git_commit", "git_modified", "gpu_model", "driver_version", "cuda_version", "tuned", "cpu_model")
 
 
 def _doubt(ctx: Context, result: report.Report) -> str | None:
@@ -226,7 +229,11 @@ def _attempt(
 ) -> dict[str, Any]:
     """What `measure` returns; if it raises, the reason as a null figure, and in `errors` under `name`."""
     try:
-        figures = measure(ctx)
+        try:
+            figures = measure(ctx)
+        except KeyboardInterrupt:  # between two rows: the part is made of those that are finished
+            ctx.interrupted = True
+            figures = measure(ctx)
         # A figure that JSON cannot hold (NaN, an array) is its part's bug and must not cost the whole report.
         json.dumps(figures, allow_nan=False)
     except Exception as e:  # whatever a part raises: the other parts' figures are worth keeping
@@ -342,7 +349,7 @@ def _logit_errors(ctx: Context, check: DecoderCheck, checkpoint: Checkpoint) -> 
     position_bytes = reference.new_cache(1).nbytes
     deepest = min(max(check.depths), _REFERENCE_CACHE_BYTES // position_bytes)
     cache = model.new_cache(scaling.cache_length(ctx), dtype=ctx.kv_dtype)
-    expected = reference.new_cache(max(deepest, PROMPT_TOKENS) + _CHECKED_TOKENS, dtype=ctx.kv_dtype)
+    expected = reference.new_cache(deepest + PROMPT_TOKENS + _CHECKED_TOKENS, dtype=ctx.kv_dtype)
     ids = _check_ids(ctx)
     errors: list[float] = []
 
@@ -367,6 +374,11 @@ def _logit_errors(ctx: Context, check: DecoderCheck, checkpoint: Checkpoint) -> 
             model.decode_one_token(token, cache)
             reference.decode_one_token(token, expected)
             compare(f"token at position {position}")
+        if depth:
+            position = expected.length
+            model.prefill(ids[:PROMPT_TOKENS], cache)
+            reference.prefill(ids[:PROMPT_TOKENS], expected)
+            compare(f"prompt of {PROMPT_TOKENS} at position {position}")
     return errors
 
 

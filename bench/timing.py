@@ -11,9 +11,11 @@ What samples are worth is :mod:`.statistics`' business.
 
 from __future__ import annotations
 
+import gc
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -72,13 +74,28 @@ class Samples:
 
     def summary(self, **detail: Any) -> dict[str, Any]:
         """See :func:`.statistics.summarise`."""
-        error = self.relative_error
-        precision: dict[str, Any] = {"relative_error": error} if math.isfinite(error) else {}
-        return summarise(self.values, self.unit, at_s=self.at_s, stop=self.stop, **precision, **detail)
+        return summarise(self.values, self.unit, at_s=self.at_s, stop=self.stop, **detail)
 
 
 def take(sample: Callable[[], float], unit: str, rule: StopRule) -> Samples:
-    """Call `sample`, which returns one duration in `unit`, until `rule` is content."""
+    """Call `sample`, which returns one duration in `unit`, until `rule` is content. Python collects no garbage then."""
+    with _no_collection():
+        return _take(sample, unit, rule)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """A collection of garbage takes milliseconds, and comes when it likes; as in Python's own timeit."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _take(sample: Callable[[], float], unit: str, rule: StopRule) -> Samples:
     series = Samples(unit)
     start = time.perf_counter()
     check_at = rule.min_samples
@@ -120,11 +137,12 @@ def wall_clock(
 
 
 def wall_gaps(step: Callable[[], Any], n: int) -> list[float]:
-    """Milliseconds from one return of `step` to the next, `n` times, by the wall clock."""
-    stamps = [time.perf_counter()]
-    for _ in range(n):
-        step()
-        stamps.append(time.perf_counter())
+    """Milliseconds from one return of `step` to the next, `n` times, by the wall clock; no garbage is collected."""
+    with _no_collection():
+        stamps = [time.perf_counter()]
+        for _ in range(n):
+            step()
+            stamps.append(time.perf_counter())
     return [1e3 * (b - a) for a, b in pairwise(stamps)]
 
 

@@ -336,7 +336,7 @@ def _against(
     if not used:
         raise CompareError(
             f"{new.path} ({new.kind}) has no row that {old.path} ({old.kind}) has: "
-            f"{_some(new.rows)} there, {_some(old.rows)} here"
+            f"the first has {_some(new.rows)}; the second has {_some(old.rows)}"
         )
     groups = _grouped(judged)
     means = {name: mean for name, rows in groups.items() if (mean := _mean(rows))}

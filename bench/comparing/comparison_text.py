@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .rows import Row
 
 _COLOURS = {SAME: "", FASTER: "green", SLOWER: "red", AMBIGUOUS: "yellow"}
-_PACES = {"gpu": "paced by the GPU", "host": "paced by the host", "board": "energy"}
+_PACES = {"gpu": "paced by the GPU", "host": "paced by the host", "board": "energy", "boards": "energy, of two boards"}
 _MEAN_NOTE = "interval: bootstrap over the rows, 1,000 draws, seeded; yardsticks are left out"
 _COST = "cost is time or energy, for a rate its inverse: + is slower or dearer"
 

@@ -108,7 +108,7 @@ def imported(value: Any, path: Path) -> Imported:
 def _described(value: Any) -> str:
     if isinstance(value, dict):
         return f"its keys are {', '.join(map(str, list(value)[:5])) or 'none'}"
-    return f"it is {'an empty' if value == [] else 'a'} {type(value).__name__}"
+    return "it is empty" if value == [] else f"it is a {type(value).__name__}"
 
 
 class _Entry:

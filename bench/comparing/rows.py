@@ -111,7 +111,7 @@ def rows_of(report: Mapping[str, Any]) -> list[Row]:
         *_transfer(parts.get("transfer", {})),
         *_tokens(parts.get("tokens", {}), facts, report["backend"] == "numpy"),
         *_scaling(parts.get("scaling", {}), facts),
-        *_power(parts.get("power", {}), facts),
+        *_power(parts.get("power", {}), facts, _dict_value(_dict(parts.get("hardware")).get("gpu_uuid"))),
         *_cpu(parts.get("cpu", {}), facts),
         *_server(parts.get("server", {}), report),
     ]
@@ -331,15 +331,25 @@ def _scaling(part: dict[str, Any], facts: dict[str, Any]) -> Iterator[Row]:
         )  # fmt: skip
 
 
-def _power(part: dict[str, Any], facts: dict[str, Any]) -> Iterator[Row]:
-    """Energy, not watts: those say nothing without the work that was done meanwhile."""
+    for entry in _list(part.get("prompts")):
+        name = f"pp{entry['tokens']} @ d{entry['context']}"
+        yield row(
+            entry["latency"], "depth", name, "engine", name, per=1e3 * entry["tokens"], rate=entry.get("tok_s"),
+            facts=facts | {"synthetic": entry["synthetic"]},
+            throttled=_throttled(part.get("conditions"), entry.get("conditions")),
+        )  # fmt: skip
+
+
+def _power(part: dict[str, Any], facts: dict[str, Any], board: str | None) -> Iterator[Row]:
+    """Energy, not watts: those say nothing without the work that was done meanwhile. `board`: UUID of the GPU."""
     token = _dict(part.get("token"))
     windows = [_dict(w) for w in _list(token.get("windows"))]
-    found = [("token", "engine", token, windows, facts)]
+    found = [("token", "engine", token, windows, facts | {"board": board})]
     for layer, product in _dict(part.get("products")).items():
         # Net is gross without the idle draw: with one window it is known too coarsely to be a row of its own.
         gross = {key: value for key, value in _dict(product).items() if key == "gross_j"}
-        found.append((layer, "kernel", gross, [_dict(_dict(product).get("window"))], {}))
+        windows = [_dict(w) for w in _list(_dict(product).get("windows")) or [_dict(_dict(product).get("window"))]]
+        found.append((layer, "kernel", gross, windows, {"board": board}))
     for name, boundary, figures, of, about in found:
         for key in ("gross_j", "net_j"):
             if key in figures:

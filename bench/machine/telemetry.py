@@ -37,7 +37,10 @@ class Sampler:
     Attributes:
         readings: name of a probe -> [(time.perf_counter() of the reading, value), ...] in order.
         refused: name of a probe -> the null figure of its last reading that had no value.
+        is_paused: inside :meth:`paused`.
     """
+
+    is_paused = False
 
     def __init__(self, probes: Mapping[str, Probe], interval_s: float = INTERVAL_S):
         self._probes, self.interval_s = dict(probes), interval_s
@@ -64,9 +67,11 @@ class Sampler:
     def paused(self) -> Iterator[None]:
         """Inside, nothing is read: the thread sleeps, and its CPU time is not this process's."""
         self._awake.clear()
+        self.is_paused = True
         try:
             yield
         finally:
+            self.is_paused = False
             self._awake.set()
 
     def _watch(self) -> None:
@@ -167,11 +172,14 @@ class Telemetry:
             found.update(missing(self._why_none))
             yield found
             return
-        begin, before = time.perf_counter(), _now(self._device)
+        begin, before, paused = time.perf_counter(), _now(self._device), self._sampler.is_paused
         yield found
         end, after = time.perf_counter(), _now(self._device)
         found.update(begin_s=self._since(begin), end_s=self._since(end), before=before, after=after)
         found.update(conditions(self._sampler, begin, end))
+        if paused:
+            nothing = missing("sampling paused: the row is about this process itself")
+            found.update(dict.fromkeys(("sm_clock_mhz", "memory_clock_mhz", "temperature_c"), nothing))
         seen = [c["throttle_reasons"] for c in (before, found, after) if c["throttle_reasons"]["value"] is not None]
         if seen:
             reasons = sorted({reason for c in seen for reason in c["value"]})

@@ -13,7 +13,7 @@ Results of :func:`run`:
     cpu_utilization_pct             CPU time / wall clock of the whole measurement
     cpu_peak_pct                    the busiest window of :data:`WINDOW_S`
     threads_used                    most threads alive at once
-    context_switches_per_token      {voluntary, involuntary}
+    context_switches_per_token      {voluntary, involuntary}, with the wait at the end of each run of :data:`RUN_TOKENS`
     enqueue_us                      CUDA only: series of one `decode_one_token` call, which does not wait for the device
     enqueue_launch_us               CUDA only: series of one `rmsnorm_ternary_matmul` call, which launches one kernel
     windows_pct                     the windows behind the peak

@@ -33,8 +33,9 @@ from .. import statistics
 from ..context import Context
 from ..metrics import Metric, inner, is_metric, measured, missing
 from . import ablation, cupti, ncu
+from .latency import with_conditions
 from .one_token import CACHE_TOKENS
-from .tokens import times_at_depth, wall_times_at_depth
+from .tokens import SHORT_RUN, times_at_depth, wall_times_at_depth
 from .utilisation import CONTEXT
 
 _FIGURES: dict[str, str | None] = {
@@ -75,8 +76,7 @@ def figures(
         "host_sync_calls_per_token": _count(
             trace, "synchronisations_per_token", inner(token, "host_sync_calls_per_token", unit="calls")
         ),
-        "token_gpu_ms": inner(token, "token_gpu_ms", unit="ms"),
-        "token_streamed_ms": inner(token, "token_streamed_ms", unit="ms"),
+        **with_conditions(token, ("token_gpu_ms", "token_streamed_ms")),
         "gpu_idle_share_pct": {
             "streamed": _idle_share(token),
             "not_waiting": inner(trace, "gpu_idle_share_pct", unit="%"),
@@ -132,9 +132,10 @@ def _token(ctx: Context) -> dict[str, Any]:
     synchronisations = _synchronisations(ctx, cache, token)
 
     times = times_at_depth(ctx, cache, CONTEXT, tokens)
-    token_ms = statistics.summarise(times, "ms", context=CONTEXT, method="CUDA events around each graph launch")
+    runs: dict[str, Any] = {"run": SHORT_RUN, "context": CONTEXT}
+    token_ms = statistics.summarise(times, "ms", **runs, method="CUDA events around each graph launch")
     streamed = statistics.summarise(
-        wall_times_at_depth(ctx, cache, CONTEXT, tokens), "ms", context=CONTEXT, method="wall clock, host reads each"
+        wall_times_at_depth(ctx, cache, CONTEXT, tokens), "ms", **runs, method="wall clock, the host reads each token"
     )
     return {
         "kernels_per_token": measured(

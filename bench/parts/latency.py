@@ -19,9 +19,9 @@ Results of :func:`run`:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -247,21 +247,35 @@ class _Product:
 
         self._ctx, self._p, self._rule, self._cublas = ctx, problem, rule, cublas
         self._bandwidth, self._cp = bandwidth, cp
-        self._x, self._gamma = cp.asarray(problem.x), cp.asarray(problem.gamma)
-        self._y = cp.empty(problem.W.shape[0], dtype=cp.float16)
-        self._copies = cold_weights(problem.W)
+
+    # Made by the first row that needs them: what does not fit into memory costs rows, and a row that is there nothing.
+
+    @cached_property
+    def _x(self) -> Any:
+        return self._cp.asarray(self._p.x)
+
+    @cached_property
+    def _gamma(self) -> Any:
+        return self._cp.asarray(self._p.gamma)
+
+    @cached_property
+    def _y(self) -> Any:
+        return self._cp.empty(self._p.W.shape[0], dtype=self._cp.float16)
+
+    @cached_property
+    def _copies(self) -> list[ec.TernaryWeight]:
+        return cold_weights(self._p.W)
 
     def measure(self) -> dict[str, Any]:
         """Floor, baselines and operations in a random order, then the rows that compare them."""
-        packed = [w.packed for w in self._copies]
         measures: dict[Any, Callable[[], dict[str, Any]]] = {
-            "floor": lambda: {l2: measure_floor(self._ctx, packed, l2, self._rule) for l2 in L2},
+            "floor": self._floor,
             **{name: partial(self._baseline, name) for name in _BASELINES},
             **{operation: partial(self._operation, operation) for operation in OPERATIONS},
         }
         found = {what: self._measured(what, measures[what]) for what in self._ctx.shuffled(self._p.layer, measures)}
-        floor = {l2: inner(found["floor"], l2, unit="us") for l2 in L2}
-        baselines = {name: {l2: inner(found[name], l2, unit="us") for l2 in L2} for name in _BASELINES}
+        floor = with_conditions(found["floor"], L2)
+        baselines = {name: with_conditions(found[name], L2) for name in _BASELINES}
         rows = [_row(self._p, o, found[o], floor, baselines, self._bandwidth) for o in OPERATIONS]
         return {**_sizes(self._p), "floor": floor, "baselines": baselines, "rows": rows}
 
@@ -269,6 +283,10 @@ class _Product:
         m, k = self._p.W.shape
         self._ctx.progress(f"latency of {self._p.layer} {m} x {k}: {what}")
         return self._ctx.row(f"latency/{self._p.layer}/{what}", "kernel", measure)
+
+    def _floor(self) -> dict[str, Series]:
+        packed = [w.packed for w in self._copies]
+        return {l2: measure_floor(self._ctx, packed, l2, self._rule) for l2 in L2}
 
     def _operation(self, operation: Operation) -> dict[str, Any]:
         """`kernel`, `device` and `end_to_end` of an operation of ours, and whether all of its results were right."""
@@ -371,6 +389,13 @@ class _Product:
 
 _UNFUSED = {f"unfused_ternary_{a}": Operation("rmsnorm_ternary_matmul", a, "separate") for a in ACTIVATIONS}
 _BASELINES = ("cublas_fp16", "cublas_fp16_product", *_UNFUSED)
+
+
+def with_conditions(found: dict[str, Any], names: Iterable[str]) -> dict[str, Series]:
+    """The series `names` of a row, each with the row's boundary and conditions; null with its reason where it is."""
+    series = {name: inner(found, name, unit="us") for name in names}
+    about: dict[str, Any] = {key: found[key] for key in ("boundary", "conditions", "resumed") if key in found}
+    return {name: s if s.get("value", 0) is None else {**s, **about} for name, s in series.items()}
 
 
 def _comparable(baseline: str, operation: Operation) -> bool:

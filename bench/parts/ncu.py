@@ -81,7 +81,10 @@ def parse(output: str) -> list[dict[str, Any]]:
     if header is None:
         raise _NcuError(f"ncu printed no table: {_complaint(output)}")
     launches: dict[tuple[str, str, str], dict[str, list[float]]] = {}
-    for row in csv.DictReader(line for line in lines[header:] if line.startswith('"')):
+    table = csv.DictReader(line for line in lines[header:] if line.startswith('"'))
+    if lacking := {"Kernel Name", "Grid Size", "Block Size", "Metric Name"} - set(table.fieldnames or ()):
+        raise _NcuError(f"ncu's table has no column {sorted(lacking)[0]!r}")
+    for row in table:
         key = row["Kernel Name"], _shape(row["Grid Size"]), _shape(row["Block Size"])
         values = launches.setdefault(key, {_OCCUPANCY: [], _DURATION: []})
         if row["Metric Name"] in values:

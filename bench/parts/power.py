@@ -143,6 +143,8 @@ def _product(ctx: Context, meter: Meter, plan: Plan, p: Problem) -> dict[str, An
     def work() -> tuple[Work, int]:
         rotation = timing.Rotation([call_on(w) for w in cold_weights(p.W)], p.W.packed.nbytes, "cold")
         graph = timing.capture(rotation)
+        y.fill(cp.nan)
+        graph.launch()
         if wrong := _PRODUCT.bound(p).check(y.get()):
             raise WrongResultError(f"{p.layer}: energy of {_PRODUCT.name}: {wrong}")
         return Chunks(graph.launch), rotation.launches
@@ -224,7 +226,8 @@ class Meter:
         )
         counts = sampler.values("energy_j", begin.at, end.at)
         ticks = sum(a != b for a, b in pairwise(counts))
-        joules = _joules(begin.joules, end.joules, ticks) if counts else {**integral, "source": _NO_COUNTER}
+        without = {**integral, "source": f"{_NO_COUNTER}; {self.sensor}"}
+        joules = _joules(begin.joules, end.joules, ticks) if counts else without
         figures = {"seconds": elapsed, "calls": calls, "joules": joules, "ticks": ticks, "sampled_power_w": power}
         return {
             **figures,
@@ -310,9 +313,10 @@ def per_call(windows: Sequence[dict[str, Any]], idle: Sequence[dict[str, Any]], 
     known = [power["value"] for power in resting if power["value"] is not None]
     if not known:
         return {"gross_j": gross, "net_j": missing(f"idle power: {resting[0]['reason']}", "J")}
-    idle_w = sum(known) / len(known)
+    idle_w, idle_windows = sum(known) / len(known), len(known)
     above = [(w["joules"]["value"] - idle_w * w["seconds"]) / w["calls"] for w in usable]
-    return {"gross_j": gross, "net_j": statistics.median(above, "J", idle_w=idle_w, **detail)}
+    net = statistics.median(above, "J", idle_w=idle_w, idle_windows=idle_windows, **detail)
+    return {"gross_j": gross, "net_j": net}
 
 
 def _power(windows: Sequence[dict[str, Any]]) -> dict[str, Metric]:

@@ -9,6 +9,7 @@ environment variable EDGELLM_COMMIT.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
@@ -58,7 +59,7 @@ def run(ctx: Context) -> dict[str, Any]:
         "nvrtc_version": _nvrtc_version(),
         "build_flags": _build_flags(ctx),
         "clock_locking": _clock_locking(ctx),
-        "versions": _versions(),
+        "versions": versions(),
         "source": source(),
         "python": {"version": platform.python_version(), "implementation": platform.python_implementation()},
         "environment": {
@@ -128,7 +129,7 @@ def _build_flags(ctx: Context) -> Metric:
     return measured(" ".join(nvrtc.options(arch)), compiler=f"NVRTC {nvrtc.version()}")
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """Installed packages of those that matter; what is absent is left out."""
     installed = {(d.metadata["Name"] or "").lower(): d.version for d in distributions()}
     return {"edgellm-cupy": __version__, **{name: installed[name] for name in _PACKAGES if name in installed}}
@@ -141,10 +142,21 @@ def source() -> dict[str, Metric]:
             "git_commit": measured(told, source="EDGELLM_COMMIT"),
             "git_modified": missing("the commit is what EDGELLM_COMMIT says, nothing was compared with it"),
         }
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     commit, changes = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain")
     modified = changes if changes["value"] is None else measured(bool(changes["value"]))
     return {"git_commit": commit, "git_modified": modified}
+
+
+def code_hash() -> str:
+    """SHA-256 of this package's Python and CUDA sources: the same code, whatever git knows of it."""
+    package = Path(__file__).resolve().parents[2]
+    package = package if (package / "runtime.py").is_file() else package / "edgellm_cupy"  # a checkout
+    digest = hashlib.sha256()
+    for root in (package, (package / "bench").resolve(), (package / "kernels_cu").resolve()):
+        for path in sorted(path for path in root.rglob("*") if path.suffix in (".py", ".cu", ".cuh")):
+            digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _git(root: Path, *arguments: str) -> Metric:

@@ -6,7 +6,9 @@ The cache is filled with random keys and values, which cost attention the same a
 Results of :func:`run`:
 
     rows                the shortest context that is measured, then the depths, each with its token times, tokens/s,
-                        bytes of KV cache and whether it is synthetic
+                        bytes of KV cache and whether it is synthetic; tokens are decoded behind the depth
+    prompts             one row for each of the reported depths: a prompt behind so many tokens, time until the device
+                        is idle and tokens/s; behind none it is in :mod:`.tokens`
     fit                 the straight line through the medians of all depths (:class:`Fit`); not of the shortest context
     time_16k_over_0     how many times as long a token takes at the last depth as at the shortest context
     conditions          of the GPU meanwhile
@@ -22,16 +24,19 @@ from typing import Any
 
 import numpy as np
 
-from .. import statistics
+from .. import statistics, timing
 from ..context import Context
 from ..metrics import Metric, fields, inner, is_metric, measured, missing
-from .tokens import SHORT_RUN, WARM_UP_TOKENS, short_times, times_at_depth
+from .tokens import PROMPT_RULE, SHORT_RUN, WARM_UP_TOKENS, prompt_times, short_times, times_at_depth
 
 REPORTED = {"1k": 1024, "4k": 4096, "8k": 8192, "16k": 16384}
 SHORTEST = WARM_UP_TOKENS + SHORT_RUN // 2
 """Depth 0 as it can be measured: the mean context of short runs from an empty cache that is just long enough."""
 DEPTHS = (1024, 2048, 4096, 8192, 12288, 16384)
 """Two more than are reported: with four points the slope's interval would rest on two degrees of freedom."""
+
+PROMPT_TOKENS = {"cuda": 512, "numpy": 32}
+"""Of a prompt behind a depth, by backend."""
 
 _TOKENS = {"cuda": 256, "numpy": 20}  # timed at each depth
 _TOKENS_QUICK = 8
@@ -108,7 +113,7 @@ def run(ctx: Context) -> dict[str, Any]:
 
 def cache_length(ctx: Context) -> int:
     """Positions of the one cache that serves all :data:`DEPTHS`."""
-    return DEPTHS[-1] + _tokens(ctx)
+    return DEPTHS[-1] + max(_tokens(ctx), PROMPT_TOKENS[ctx.backend])
 
 
 def _tokens(ctx: Context) -> int:
@@ -135,11 +140,29 @@ def _measure(ctx: Context) -> dict[str, Any]:
         depth: ctx.row(f"scaling/context {depth}", "engine", measures[depth])
         for depth in ctx.shuffled("depths", measures)
     }
+    length = PROMPT_TOKENS[ctx.backend]
+    prompts = {
+        depth: ctx.row(
+            f"scaling/prompt of {length} at {depth}", "engine", partial(_prompt, ctx, cache, depth, length)
+        )
+        for depth in ctx.shuffled("prompt depths", REPORTED.values())
+    }
     shortest, *rows = (_described(ctx, depth, found[depth]) for depth in measures)
     tok_s = {row["context"]: row["tok_s"] for row in rows}
     return {
         "boundary": "engine",
         "rows": [shortest, *rows],
+        "prompts": [
+            {
+                "context": depth,
+                "tokens": length,
+                "synthetic": depth + length > ctx.config.max_context,
+                "tok_s": inner(prompts[depth], "tok_s", unit="tok/s"),
+                "latency": inner(prompts[depth], "latency", unit="ms"),
+                **fields(prompts[depth]),
+            }
+            for depth in REPORTED.values()
+        ],
         "time_16k_over_0": _growth(shortest, rows[-1]),
         **{f"throughput_{name}_ctx_tok_s": tok_s[depth] for name, depth in REPORTED.items()},
         **_fit_figures(rows),
@@ -176,6 +199,14 @@ def _row(ctx: Context, cache: Callable[[], Any], depth: int, tokens: int) -> dic
     return _latency(cache(), depth, times_at_depth(ctx, cache(), depth, tokens))
 
 
+def _prompt(ctx: Context, cache: Callable[[], Any], depth: int, length: int) -> dict[str, Any]:
+    ctx.progress(f"prompt of {length} at a context of {depth}")
+    cache().fill_random(depth)
+    series = prompt_times(ctx, cache(), length, depth, timing.QUICK if ctx.quick else PROMPT_RULE)
+    latency = series.summary(method="wall clock until idle")
+    return {"tok_s": statistics.rate(latency["median"], 1e3 * length, "tok/s"), "latency": latency}
+
+
 def _shortest_row(ctx: Context, tokens: int) -> dict[str, Any]:
     """In a cache of its own: one that is made for 16k tokens divides even a short context among many blocks."""
     ctx.progress(f"context {SHORTEST}")
@@ -186,7 +217,7 @@ def _shortest_row(ctx: Context, tokens: int) -> dict[str, Any]:
 
 def _latency(cache: Any, depth: int, times: Sequence[float]) -> dict[str, Any]:
     return {
-        "latency": statistics.summarise(times, "ms"),
+        "latency": statistics.summarise(times, "ms", run=SHORT_RUN, run_tokens=SHORT_RUN),
         # Of a cache that is just long enough; the one measured on may be longer.
         "kv_cache_bytes": measured(cache.nbytes * depth // cache.max_len, "bytes"),
     }

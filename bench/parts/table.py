@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ from ..reporting import table_figures
 from ..reporting.table_figures import quotient
 from ..timing import Rotation, StopRule
 from .baselines import BaselineUnavailableError, CuBlas, load_cublas
-from .latency import ACTIVATIONS, EPS, L2, cold_weights, measure_bandwidth, measure_floor
+from .latency import ACTIVATIONS, EPS, L2, cold_weights, measure_bandwidth, measure_floor, with_conditions
 from .roofline import current_roof_facts, roofline
 from .shapes import TABLE, Shape
 
@@ -196,12 +196,27 @@ class _Product:
         self._ctx, self._p, self._cp, self._cublas = ctx, problem, cp, cublas
         self._bandwidth = bandwidth
         self._rule = _QUICK if ctx.quick else _RULE
-        self._x, self._gamma = cp.asarray(problem.x), cp.asarray(problem.gamma)
-        self._y = cp.empty((len(problem.x), problem.shape.m), cp.float16)
-        self._copies = cold_weights(problem.W)
-        self._dense = [] if isinstance(cublas, BaselineUnavailableError) else self._dense_copies()
 
-    def _dense_copies(self) -> list[Any]:
+    # Made by the first row that needs them: what does not fit into memory costs rows, and a row that is there nothing.
+
+    @cached_property
+    def _x(self) -> Any:
+        return self._cp.asarray(self._p.x)
+
+    @cached_property
+    def _gamma(self) -> Any:
+        return self._cp.asarray(self._p.gamma)
+
+    @cached_property
+    def _y(self) -> Any:
+        return self._cp.empty((len(self._p.x), self._p.shape.m), self._cp.float16)
+
+    @cached_property
+    def _copies(self) -> list[ec.TernaryWeight]:
+        return cold_weights(self._p.W)
+
+    @cached_property
+    def _dense(self) -> list[Any]:
         """Copies of the weight as float16 [M, K], exact, which together exceed the L2 as a cold rotation must."""
         W = self._copies[0]
         dense = W.to_int8().astype(self._cp.float16)
@@ -210,14 +225,13 @@ class _Product:
         return [dense, *(dense.copy() for _ in range(copies - 1))]
 
     def measure(self) -> dict[str, Any]:
-        shape, packed = self._p.shape, [w.packed for w in self._copies]
+        shape = self._p.shape
 
         def row(what: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
             self._ctx.progress(f"{shape.name} {shape.m} x {shape.k}: {what}")
             return self._ctx.row(f"latency/{shape.name}/{what}", "kernel", measure)
 
-        floors = row("floor", lambda: {l2: _compact(measure_floor(self._ctx, packed, l2, self._rule)) for l2 in L2})
-        floor = {l2: inner(floors, l2, unit="us") for l2 in L2}
+        floor = with_conditions(row("floor", self._floor), L2)
         found = {
             n: row(f"{n} tokens", partial(self._series_of, n)) for n in self._ctx.shuffled(shape.name, self._ctx.tokens)
         }
@@ -226,6 +240,10 @@ class _Product:
             for n in self._ctx.tokens
         ]
         return {**_facts(shape), "floor": floor, "tokens": entries}
+
+    def _floor(self) -> dict[str, Metric]:
+        packed = [w.packed for w in self._copies]
+        return {l2: _compact(measure_floor(self._ctx, packed, l2, self._rule)) for l2 in L2}
 
     def _series_of(self, n: int) -> dict[str, Any]:
         """Everything about `n` tokens at once: `baselines`, and of each activation {kernel, strategies}."""
@@ -311,6 +329,7 @@ def _compact(series: dict[str, Any]) -> Metric:
         **launch,
         "launches": series["launches_per_sample"],
         "copies": series["copies"],
+        **{key: series[key] for key in ("relative_error",) if key in series},
         "samples": series["samples"],
     }
 
@@ -368,9 +387,11 @@ def _row(
     """One activation's times and what follows from them; the rates are those of a cold L2."""
     cold = kernel["cold"]
     rate = quotient(moved, cold, "GB/s", 1e-3)
+    every = (*kernel.values(), *strategies.values())
+    unknown = all(figure["value"] is None and not figure.get("wrong") for figure in every)  # nothing was checked
     row: dict[str, Any] = {
         "activation": activation,
-        "correct": not any(figure.get("wrong") for figure in (*kernel.values(), *strategies.values())),
+        "correct": missing(cold["reason"]) if unknown else not any(figure.get("wrong") for figure in every),
         "kernel": dict(kernel),
         "ratio_to_floor": {l2: quotient(kernel[l2], floor[l2]) for l2 in L2},
         "warm_over_cold": quotient(kernel["warm"], cold),

@@ -51,7 +51,7 @@ WARM_UP_TOKENS = 4
 """Decoded before the first timed token, so that the device is busy and the host ahead of it when timing begins."""
 
 SHORT_RUN = 16
-"""Timed tokens of a run from an empty cache, after the warm-up, where the context is to stay as short as can be."""
+"""Timed tokens of a run, after the warm-up, where the context is to stay as it is."""
 
 _FIRST_TOKEN = 1  # decoding needs some id to start from; its value costs nothing
 
@@ -81,7 +81,7 @@ class Plan:
     rule: timing.StopRule
 
 
-_PROMPT_RULE = timing.StopRule(relative_error=0.005, min_samples=10, min_seconds=0.5, max_seconds=3)
+PROMPT_RULE = timing.StopRule(relative_error=0.005, min_samples=10, min_seconds=0.5, max_seconds=3)
 _QUICK_PROMPT_RULE = timing.StopRule(relative_error=0.02, min_samples=3, min_seconds=0.05, max_seconds=0.5)
 
 
@@ -92,7 +92,7 @@ def _plan(ctx: Context) -> Plan:
         return Plan(32, 64, 2, 1, prompts[:1], batches[:1] if ctx.no_gpu else (1, 4), 1, _QUICK_PROMPT_RULE)
     # A long prompt is worth its time where the model was made for it; the others are compared between all models.
     prompts = tuple(n for n in prompts if n <= max(REPORTED_PROMPT, ctx.config.max_context))
-    return Plan(32 if ctx.no_gpu else 128, 1152, 6, 6, prompts, batches, 2 if ctx.no_gpu else 16, _PROMPT_RULE)
+    return Plan(32 if ctx.no_gpu else 128, 1152, 6, 6, prompts, batches, 2 if ctx.no_gpu else 16, PROMPT_RULE)
 
 
 def run(ctx: Context) -> dict[str, Any]:
@@ -142,7 +142,9 @@ def _measure(ctx: Context, plan: Plan) -> dict[str, Any]:
         "token_latency_streamed": streamed,
         "throughput_tok_s": throughput,
         "batches": batches,
-        "sampling": inner(samplings, "rows"),
+        "sampling": samplings
+        if is_metric(samplings)
+        else [{**row, **{key: samplings[key] for key in ("boundary", "conditions")}} for row in samplings["rows"]],
         "time_to_first_token_ms": {**inner(first, "median", unit="ms"), "prompt_tokens": PROMPT_TOKENS},
         "prompt_tok_s": {**reported["tok_s"], "prompt_tokens": reported["tokens"]},
         "batch_tok_s": {**batches[-1]["tok_s"], "batch": batches[-1]["batch"]},
@@ -187,15 +189,27 @@ class _Chain:
 
 
 def times_at_depth(ctx: Context, cache: Any, depth: int, n: int) -> list[float]:
-    """:func:`decode_times` around `depth`: half of the tokens are decoded before the context reaches it."""
-    cache.fill_random(depth - n // 2 - WARM_UP_TOKENS)
-    return decode_times(ctx, cache, n)
+    """:func:`decode_times` of `n` tokens behind a context of `depth`, in runs of :data:`SHORT_RUN` from there.
+
+    Behind it, as other engines count depth: a kernel that takes a step at a power of two has not half of its samples on
+    either side. In short runs: the samples are of one context, not of a growing one.
+    """
+    return _at_depth(decode_times, ctx, cache, depth, n)
 
 
 def wall_times_at_depth(ctx: Context, cache: Any, depth: int, n: int) -> list[float]:
-    """:func:`wall_times` around `depth`, as :func:`times_at_depth`."""
-    cache.fill_random(depth - n // 2 - WARM_UP_TOKENS)
-    return wall_times(ctx, cache, n)
+    """:func:`wall_times` as :func:`times_at_depth`."""
+    return _at_depth(wall_times, ctx, cache, depth, n)
+
+
+def _at_depth(times: Callable[..., list[float]], ctx: Context, cache: Any, depth: int, n: int) -> list[float]:
+    begin = depth - WARM_UP_TOKENS
+    cache.fill_random(begin)
+    found: list[float] = []
+    while len(found) < n:
+        cache.truncate(begin)
+        found += times(ctx, cache, min(SHORT_RUN, n - len(found)))
+    return found
 
 
 def short_times(ctx: Context, caches: Sequence[Any], runs: int) -> list[list[float]]:
@@ -241,26 +255,30 @@ def _first_token(ctx: Context, plan: Plan) -> dict[str, Any]:
         # On CUDA the step itself chooses the token and leaves it in the cache.
         int(logits.argmax() if ctx.no_gpu else cache.token[0])
 
-    return timing.wall_clock(call, plan.rule, "ms", prepare=lambda: _empty(ctx, cache)).summary(
+    return timing.wall_clock(call, plan.rule, "ms", prepare=lambda: _cut(ctx, cache, 0)).summary(
         series="end_to_end", prompt_tokens=PROMPT_TOKENS, method="wall clock, host ids to first token on the host"
     )
 
 
 def _prompt(ctx: Context, n: int, plan: Plan) -> dict[str, Any]:
     ctx.progress(f"prompt of {n}")
-    ids, cache = _prompt_ids(ctx, n), ctx.new_cache(n)
+    latency = prompt_times(ctx, ctx.new_cache(n), n, 0, plan.rule).summary(method="wall clock until idle")
+    return {"tok_s": statistics.rate(latency["median"], 1e3 * n, "tok/s"), "latency": latency}
+
+
+def prompt_times(ctx: Context, cache: Any, n: int, depth: int, rule: timing.StopRule) -> timing.Samples:
+    """Milliseconds until the device has processed a prompt of `n` behind the first `depth` tokens of `cache`."""
+    ids = _prompt_ids(ctx, n)
 
     def call() -> None:
         ctx.model.prefill(ids, cache)
         synchronise(ctx)
 
-    series = timing.wall_clock(call, plan.rule, "ms", prepare=lambda: _empty(ctx, cache))
-    latency = series.summary(method="wall clock until idle")
-    return {"tok_s": statistics.rate(latency["median"], 1e3 * n, "tok/s"), "latency": latency}
+    return timing.wall_clock(call, rule, "ms", prepare=lambda: _cut(ctx, cache, depth))
 
 
-def _empty(ctx: Context, cache: Any) -> None:
-    cache.truncate(0)
+def _cut(ctx: Context, cache: Any, length: int) -> None:
+    cache.truncate(length)
     synchronise(ctx)
 
 

@@ -29,6 +29,8 @@ CONTEXT = 1024
 DECODE_SPAN = 128
 """Tokens that :class:`DecodeLoop` generates before it takes the cache back by as many."""
 
+_WARM_UP_S = 1.2  # NVML's own window of utilisation is up to one second
+
 
 # ---- probes ---------------------------------------------------------------------------------------------------------
 
@@ -153,7 +155,7 @@ def run(ctx: Context) -> dict[str, Any]:
 
 def _measure(ctx: Context) -> dict[str, Any]:
     ctx.progress("utilisation and memory while decoding")
-    seconds = 1.0 if ctx.quick else 4.0  # NVML's own utilisation window is up to one second
+    seconds = 1.0 if ctx.quick else 4.0
     step = DecodeLoop(ctx)
     if ctx.no_gpu:
         step()
@@ -163,7 +165,7 @@ def _measure(ctx: Context) -> dict[str, Any]:
         figures = dict.fromkeys(_GPU_KEYS, missing(ctx.no_gpu))
     else:
         chunks = Chunks(step)
-        chunks.for_seconds(0.5 * seconds)  # what NVML averages over must be full of work before the first reading
+        chunks.for_seconds(_WARM_UP_S)  # what NVML averages over must be full of work before the first reading
         with Sampler({**gpu_probes(current_nvml_device()), **host_probes()}) as sampler:
             start = time.perf_counter()
             calls = chunks.for_seconds(seconds)
@@ -193,7 +195,7 @@ def _gpu_figures(sampler: Sampler) -> dict[str, Metric]:
     numeric = [key for key in _GPU_KEYS if key in sampler.readings and key != "throttle_reasons"]
     figures = {**conditions(sampler), **{key: sampler.mean(key) for key in numeric}}
     for key in ("gpu_utilization_pct", "memory_utilization_pct"):
-        figures[key] = {**figures[key], "context": CONTEXT}
+        figures[key] = {**figures[key], "context": CONTEXT, "scope": "the whole device, while this process decodes"}
     mine, whole = figures["process_vram_mb"], figures["device_vram_used_mb"]
     figures["vram_used_mb"] = (
         {**mine, "scope": "this process"}

@@ -155,7 +155,7 @@ def products(by_layer: dict[str, Any]) -> list[Block]:
         baselines = {f"{name} cold": layout.one_l2(series, "cold") for name, series in product["baselines"].items()}
         floor = {f"floor {l2}": series for l2, series in product["floor"].items()}
         yardsticks.append({"product": layer, "M x K": size, **floor, **baselines})
-    blocks: list[Block] = [Heading(3, "Products"), Paragraph(_PRODUCT_NOTE), Table(_PRODUCT_COLUMNS, rows)]
+    blocks: list[Block] = [Heading(3, "Products"), Paragraph(_PRODUCT_NOTE), _without_nulls(_PRODUCT_COLUMNS, rows)]
     if layout.count_throttled(by_layer):
         blocks.append(
             Paragraph("**throttled**: the GPU held its clocks down meanwhile, see `conditions` in report.json.")
@@ -164,6 +164,12 @@ def products(by_layer: dict[str, Any]) -> list[Block]:
     if any(layout.is_series(value) for row in yardsticks for value in row.values()):  # none on NumPy
         blocks += [Heading(3, "What they are compared with"), table(yardsticks)]
     return blocks
+
+
+def _without_nulls(columns: list[str], rows: list[list[str]]) -> Table:
+    """Without the columns that are null in every row, as on NumPy those of the GPU; the reasons stand below."""
+    kept = [i for i in range(len(columns)) if not rows or {row[i] for row in rows} - {"null", ""}]
+    return Table([columns[i] for i in kept], [[row[i] for i in kept] for row in rows])
 
 
 def shapes(figures: dict[str, Any], summary: dict[str, Metric]) -> list[Block]:

@@ -119,6 +119,7 @@ def _to_1_3(report: Report) -> None:
     _add(report, "kernels", "1.3", **_KERNELS_1_3)
     _add(report, "cpu", "1.3", enqueue_launch_us="us")
     _add(report, "power", "1.3", idle_after=None)
+    _add(report, "scaling", "1.3", prompts=None)
     for part in ("scaling", "utilisation", "cpu"):
         if figures := _part(report, part):
             figures.setdefault("boundary", "engine")

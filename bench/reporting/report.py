@@ -14,8 +14,9 @@ report.json is one object:
     model               {config, weights, body_bytes, head_bytes, decoder}; `decoder`: {activation, dtype, head,
                         kv_cache} of what was measured (since 1.2). It and head_bytes are null when no part decodes.
                         Null when a server was measured (since 1.3)
-    parts               name of a part -> its figures; see the module of that name in edgellm_cupy.bench. `latency` of a
-                        table of shapes has no products, but `table` and `summary` of :mod:`..parts.table` (since 1.1)
+    parts               name of a part -> its figures; see the module of that name in edgellm_cupy.bench.parts (kernels:
+                        kernel_stats). `latency` of a table of shapes has no products, but `table` and `summary` of
+                        :mod:`..parts.table` (since 1.1)
     seconds             name of a part -> how long it took
     errors              name of a part that failed, or "PART/ROW" of a row (since 1.3) -> {reason, traceback}
     decoder_check       how far the GPU's logits lie from the reference; null on NumPy, which is the reference

@@ -20,6 +20,11 @@ def findings(report: dict[str, Any]) -> list[str]:
     walked = list(_walk(report["parts"], ""))
     throttled = [place for place, value in walked if _is_true(value.get("throttled"))]
     noisy = [place for place, value in walked if "samples" in value and value.get("relative_error", 0) > NOISY]
+    counts = [
+        (key, figure)
+        for key, figure in report["parts"].get("kernels", {}).items()
+        if is_metric(figure) and figure["value"] is not None and figure.get("counted", figure["value"]) is not None
+    ]
     suspect = [place for place, value in walked if "joules" in value and _is_true(value.get("suspect"))]
     said = []
     if throttled:
@@ -28,6 +33,11 @@ def findings(report: dict[str, Any]) -> list[str]:
         said.append(f"a relative standard error above {NOISY:.0%} was left in {_some(noisy)}")
     if suspect:
         said.append(f"energy counter and sampled power disagree in {_some(suspect)}")
+    said += [
+        f"CUPTI traced {figure['value']:g} for kernels.{key}, the library counted {figure['counted']:g}"
+        for key, figure in counts
+        if figure.get("counted", figure["value"]) != figure["value"]
+    ]
     return said
 
 

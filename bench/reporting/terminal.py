@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ..metrics import Metric
+from ..metrics import Metric, is_metric
 from . import layout
 from .layout import Report
 
@@ -18,11 +18,11 @@ def summary(report: Report) -> Group:
     known = {key: figure for key, figure in report["summary"].items() if figure["value"] is not None}
     shown = known | _beside_the_summary(report)
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")  # gives way in a narrow terminal; a figure never does
     table.add_column("value", justify="right", style="bold", no_wrap=True)
     table.add_column("unit", no_wrap=True)
     table.add_column("95 % interval", justify="right", style="dim", header_style="dim", no_wrap=True)
-    rows = {key: shown[key] for key in _HEADLINES if key in shown}
+    rows = _products(report) | {key: shown[key] for key in _HEADLINES if key in shown}
     for (key, figure), interval in zip(rows.items(), _intervals(rows.values()), strict=True):
         table.add_row(key, layout.short(figure), figure.get("unit", ""), interval)
     return Group(
@@ -40,6 +40,23 @@ def _intervals(figures: Iterable[Metric]) -> list[str]:
     ends = [[layout.short(end) for end in figure.get("ci95") or ()] for figure in figures]
     width = max((len(pair[1]) for pair in ends if pair), default=0)
     return [f"{pair[0]} to {pair[1]:>{width}}" if pair else "" for pair in ends]
+
+
+def _products(report: Report) -> dict[str, Metric]:
+    """Median of each fused product where no token was measured: by kernel with a cold L2, or on the host end to end."""
+    if "latency" not in report["parts"] or "tokens" in report["parts"]:
+        return {}
+    found: dict[str, Metric] = {}
+    for layer, row in layout.fused_rows(report["parts"]["latency"], "int8"):
+        cold = layout.one_l2(row["kernel"], "cold")
+        for name, series in (("cold L2", cold), ("end to end", row["end_to_end"])):
+            if layout.is_series(series) and series["median"]["value"] is not None:
+                found[f"{layer}, fused, int8, {name}"] = series["median"]
+                break
+        ratio = layout.one_l2(row.get("ratio_to_floor"), "cold")
+        if is_metric(ratio) and ratio["value"] is not None:
+            found[f"{layer}, over its floor"] = ratio
+    return found
 
 
 def _beside_the_summary(report: Report) -> dict[str, Metric]:

@@ -204,10 +204,16 @@ def _measure(names: list[str], options: Options) -> NoReturn:
 
 def folder_of(out: Path | None, resume: bool, gpu: str) -> AbstractContextManager[Path]:
     """Where a run on `gpu` is kept: `out`, a new folder, or to `resume` that of the newest interrupted run."""
+    from ..bench import journal
     from ..bench.parts import reproducibility
     from ..bench.reporting import runs
 
     if out:
+        if not resume and (run := runs.read(out)).state == "interrupted" and run.rows:
+            raise ArgumentValueError(
+                f"--out: {out} has the {run.rows} finished rows of an interrupted run: go on with it by --resume, "
+                f"or give another folder, or remove {journal.FILE} there"
+            )
         return runs.held(out)
     if resume:
         return runs.held(runs.unfinished(runs.ROOT, gpu))
@@ -229,6 +235,8 @@ def finish(result: Report, folder: Path) -> None:
     show(files(folder, [*written, folder / journal.FILE]))
     if result["interrupted"]:
         again = [argument for argument in sys.argv[1:] if argument != "--resume"]
+        if not any(argument.split("=")[0] == "--out" for argument in again):  # a newer one may be interrupted, too
+            again += ["--out", str(folder)]
         say(f"finished rows are kept in {folder}; to go on: {shlex.join(['edgellm', *again, '--resume'])}")
 
 

@@ -14,16 +14,16 @@ from .output import on_terminal, say
 
 SECONDS: dict[str, dict[str, float]] = {
     "cuda": {
-        "hardware": 0.6,
+        "hardware": 0.3,
         "reproducibility": 1.2,
         "latency": 26,
-        "transfer": 0.8,
-        "tokens": 10,
-        "scaling": 1.7,
-        "power": 60,
-        "kernels": 7,
+        "transfer": 0.9,
+        "tokens": 14,
+        "scaling": 1.4,
+        "power": 147,
         "utilisation": 6,
         "cpu": 2,
+        "kernels": 15,
     },
     "numpy": {
         "hardware": 0.1,

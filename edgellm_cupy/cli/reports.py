@@ -19,12 +19,13 @@ _RootOption = Annotated[Path | None, typer.Option("--root", help="Where runs are
 
 @exit_codes()
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN.json", help="A report.json.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN.json", help="A report.json, or the folder with one.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the files.", show_default="that of RUN.json")] = None,
 ) -> None:
     """Make Markdown, page and plots again from the JSON of a run."""
     from ..bench.reporting import report as reports
 
+    run = run / "report.json" if run.is_dir() else run
     folder = out or run.parent
     show(files(folder, reports.remake(run, folder)))
 
@@ -85,6 +86,7 @@ def list_runs(
 ) -> None:
     """List the runs, the newest last, also those that were interrupted or are running."""
     from rich.table import Table
+    from rich.text import Text
 
     from ..bench.reporting import runs
 
@@ -93,19 +95,24 @@ def list_runs(
         show(json.dumps([run.as_json() for run in found], indent=1))
         return
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("no", justify="right", min_width=3)
-    table.add_column("UTC", min_width=16)
-    table.add_column("GPU", max_width=10, overflow="ellipsis", no_wrap=True)
-    table.add_column("model", max_width=20, overflow="ellipsis", no_wrap=True)
-    table.add_column("commit", min_width=7)
-    table.add_column("state", min_width=11)
-    table.add_column("tok/s", justify="right", min_width=7)
+    table.add_column("no", justify="right", no_wrap=True)
+    table.add_column("UTC", no_wrap=True)
+    table.add_column("GPU")
+    table.add_column("model")
+    table.add_column("commit", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    table.add_column("tok/s", justify="right", no_wrap=True)
+
+    def cut(name: str) -> Text:
+        """On one line, and what gives way in a narrow terminal: a column that may not wrap would not."""
+        return Text(name, no_wrap=True, overflow="ellipsis")
+
     for run in found:
         table.add_row(
             "-" if run.number is None else str(run.number),
             (run.time or "-")[:16].replace("T", " "),
-            run.gpu.removeprefix("NVIDIA ").replace("NumPy backend", "NumPy"),
-            run.model or "-",
+            cut(run.gpu.removeprefix("NVIDIA ").replace("NumPy backend", "NumPy")),
+            cut(run.model or "-"),
             run.commit or "-",
             run.state,
             "-" if run.tok_s is None else f"{run.tok_s:,.0f}" if run.tok_s >= 100 else f"{run.tok_s:.3g}",

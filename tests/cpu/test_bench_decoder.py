@@ -407,6 +407,19 @@ def test_terminal_shows_the_new_headlines(with_everything):
         assert key in shown
 
 
+def test_a_narrow_terminal_cuts_no_figure(with_everything):
+    def words(width: int) -> list[str]:
+        out = StringIO()
+        Console(file=out, width=width).print(terminal.summary(with_everything))
+        assert max(map(len, out.getvalue().splitlines())) <= width
+        return out.getvalue().split()
+
+    assert "…" not in "".join(words(60))
+    figures = {word for word in words(80) if word[0].isdigit()}
+    assert len(figures) > 10
+    assert figures <= set(words(60))
+
+
 COMMITTED = sorted((Path(__file__).parents[2] / "bench" / "results").glob("*/*/report.json"))
 
 

@@ -174,14 +174,18 @@ def test_what_was_finished_is_kept_and_the_next_run_goes_on(tmp_path, tiny, numb
     lines = said.splitlines()
     assert lines[0] == "stopping: what is finished is kept; once more ends at once"
     where = folder.relative_to(tmp_path)
-    command = (
-        "edgellm bench transfer " + "".join(f"{word} " for word in out) + "--model tiny.json --backend numpy --resume"
-    )
+    before, behind = ("--out out ", "") if out else ("", f"--out {where} ")
+    command = f"edgellm bench transfer {before}--model tiny.json --backend numpy {behind}--resume"
     assert lines[1:] == [f"finished rows are kept in {where}; to go on: {command}"]
     rows = (folder / "rows.jsonl").read_text().splitlines()
     assert [json.loads(line)["key"] for line in rows[1:]] == ["transfer/1", "transfer/2"]
     first = json.loads((folder / "report.json").read_text())
     assert first["interrupted"] is True
+
+    again = edgellm(tmp_path, *host("transfer", "--out", str(where)))
+    assert again.returncode == 2, again.stderr  # and not: begin anew, over what was finished
+    assert again.stderr.startswith(f"error: --out: {where} has the 2 finished rows of an interrupted run: ")
+    assert (folder / "rows.jsonl").read_text().splitlines() == rows
 
     with start(tmp_path, *out, "--resume") as process:
         _, said = process.communicate(timeout=60)

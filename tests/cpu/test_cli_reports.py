@@ -95,7 +95,7 @@ def test_report_makes_everything_again(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "report.html", "plots"}
     assert " ".join(names).split()[:2] == ["report.md,", "report.html,"]
     made = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*.*") if path.suffix != ".png"}
-    assert invoke("report", str(tmp_path / "report.json"), "--out", str(tmp_path / "again")).exit_code == 0
+    assert invoke("report", str(tmp_path), "--out", str(tmp_path / "again")).exit_code == 0
     for path, data in made.items():
         if path != Path("report.json"):
             assert (tmp_path / "again" / path).read_bytes() == data

@@ -24,6 +24,7 @@ from edgellm_cupy.bench.comparing.verdict import AMBIGUOUS, FASTER, SAME, SLOWER
 from edgellm_cupy.bench.metrics import measured, missing
 from edgellm_cupy.bench.reporting import report
 from edgellm_cupy.errors import ArgumentValueError
+from tests.planted import changed, slower
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 H200 = RESULTS / "h200" / "smollm-135m" / "report.json"
@@ -180,7 +181,9 @@ def test_a_row_that_scatters_is_paced_by_the_host():
     assert verdict.pace_of(steady, steady) == "gpu"
     assert verdict.pace_of(steady, shaky) == "host"
     assert verdict.default_metric(steady, shaky) == "p10"
-    assert verdict.pace_of(steady, replace(shaky, pace="board")) == "board"
+    one, other = (replace(shaky, pace="board", facts={"board": uuid}) for uuid in ("GPU-1", "GPU-2"))
+    assert verdict.pace_of(one, one) == "board"
+    assert verdict.pace_of(one, other) == verdict.pace_of(one, replace(one, facts={})) == "boards"
     # What differs between the positions of a run is the work, where both runs have it.
     pattern = np.tile([1.0, 1.2, 0.9, 1.1], 50)
     same = [run(rng, n=200, trend=pattern, positional=True) for _ in range(2)]
@@ -345,28 +348,6 @@ def test_rows_of_a_server(h200):
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def changed(value, cost: float, rng=None):
-    """A report's section with every time and energy multiplied by `cost`, and every rate divided by it.
-
-    With `rng` each series by another factor around it, with a spread of 0.6 %: that of two reports of one H200.
-    """
-    if isinstance(value, list):
-        return [changed(inner, cost, rng) for inner in value]
-    if not isinstance(value, dict):
-        return value
-    leaf = "samples" in value or isinstance(value.get("value"), (int, float))
-    if rng is not None and (leaf or "latency" in value):  # a latency and the rate made from it move together
-        cost, rng = cost * (1 + 0.006 * rng.standard_normal()), None
-    found = {key: changed(inner, cost, rng) for key, inner in value.items()}
-    factor = {"us": cost, "ms": cost, "J": cost, "tok/s": 1 / cost, "GB/s": 1 / cost}.get(value.get("unit"), 1)
-    for key in ("value", "samples", "ci95") if leaf else ():
-        if isinstance(value.get(key), list):
-            found[key] = [x * factor for x in value[key]]
-        elif value.get(key) is not None:
-            found[key] = value[key] * factor
-    return found
-
-
 def written(folder: Path, name: str, document) -> Path:
     path = folder / name / "report.json"
     path.parent.mkdir(exist_ok=True)
@@ -376,10 +357,6 @@ def written(folder: Path, name: str, document) -> Path:
 
 def with_parts(document, parts, **other):
     return {**document, "parts": {**document["parts"], **parts}, **other}
-
-
-def slower(document, cost, names=("latency", "transfer", "tokens", "scaling", "power", "cpu"), rng=None):
-    return with_parts(document, {name: changed(document["parts"][name], cost, rng) for name in names})
 
 
 def shown(comparison, **options) -> str:

@@ -120,7 +120,7 @@ def test_clear_errors(tmp_path):
     assert "cannot be read" in _missing(tmp_path)
     assert "nor JSON lines" in refuse(tmp_path, "{")
     assert "its keys are benchmarks" in refuse(tmp_path, '{"benchmarks": []}')
-    assert "an empty list" in refuse(tmp_path, "[]")
+    assert "it is empty" in refuse(tmp_path, "[]")
     assert "n_gen is missing" in refuse(tmp_path, '[{"model_filename": "x", "n_prompt": 512, "avg_ts": 1}]')
     assert "avg_ts is 'fast'" in refuse(tmp_path, '[{"n_prompt": 512, "n_gen": 0, "avg_ts": "fast"}]')
     assert "avg_ts is 0" in refuse(tmp_path, '[{"n_prompt": 512, "n_gen": 0, "avg_ts": 0}]')

@@ -6,17 +6,22 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 
+from edgellm_cupy.bench.comparing.compare import compare
+from edgellm_cupy.bench.comparing.verdict import AMBIGUOUS, FASTER, SAME, SLOWER
 from edgellm_cupy.bench.reporting import table_figures
+from tests.planted import slower
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
 REPORTS = [f"{where}/{model}" for where in ("h200", "numpy") for model in ("smollm-135m", "smollm2-135m")]
 REPORTS[1:1] = ["h200/smollm-135m-notebook", "h200/bitnet-2b4t", "h200/bitnet-2b4t-int8-head"]
 TABLE = "h200/table"  # the latency part on sixteen shapes
+ONCE, AGAIN = "h200/smollm-135m", "h200/smollm-135m-again"  # one command twice, with another order of rows
 BEGIN = "<!-- results: made by `pytest tests/cpu/test_readme.py` from the files named below -->"
 END = "<!-- end of results -->"
 
@@ -74,11 +79,36 @@ def block() -> Iterator[str]:
         of, where = metric.get("of"), metric.get("where")
         yield f"| {name} | {figure(metric)}{f' of {of}' if of else ''}{f' ({where})' if where else ''} |"
     yield ""
+    yield from comparison(reports[ONCE], reports.setdefault(AGAIN, load(AGAIN)))
+    yield ""
     yield "The commands that made these reports:"
     yield ""
     yield "```sh"
     yield from (report["command"] for report in reports.values())
     yield "```"
+
+
+def comparison(once: dict[str, Any], again: dict[str, Any]) -> Iterator[str]:
+    """Two runs of one thing, and the second with 5 % planted."""
+    yield (
+        f"One command twice in separate processes (`edgellm compare bench/results/{ONCE} bench/results/{AGAIN}`, "
+        f"[all rows](bench/results/{AGAIN}/compare.md)), and the second run with every time and energy made 5 % longer:"
+    )
+    yield ""
+    yield "| rows | runs of one thing | 5 % planted |"
+    yield "| --- | --- | --- |"
+    with TemporaryDirectory() as folder:
+        paths = []
+        for name, report in (("once", once), ("again", again), ("planted", slower(again, 1.05))):
+            paths.append(Path(folder) / f"{name}.json")
+            paths[-1].write_text(json.dumps(report))
+        same, planted = compare(paths).others
+    for title, pace in (("paced by the GPU", "gpu"), ("energy", "board"), ("paced by the host", "host"), ("all", None)):
+        cells = []
+        for found in (same, planted):
+            counts = found.counts(pace)
+            cells.append(", ".join(f"{counts[v]} {v}" for v in (SAME, FASTER, SLOWER, AMBIGUOUS) if counts[v]))
+        yield f"| {title} | {' | '.join(cells)} |"
 
 
 def test_readme_shows_the_committed_results():
@@ -89,7 +119,7 @@ def test_readme_shows_the_committed_results():
     assert match[1] == expected, f"put this between the markers:\n{expected}"
 
 
-@pytest.mark.parametrize("name", [*REPORTS, TABLE])
+@pytest.mark.parametrize("name", [*REPORTS, TABLE, AGAIN])
 def test_committed_reports_are_whole(name):
     report = load(name)
     assert not report["quick"]
@@ -97,3 +127,14 @@ def test_committed_reports_are_whole(name):
     assert not report["errors"]
     assert not report["interrupted"]
     assert report["backend"] == ("cuda" if name.startswith("h200") else "numpy")
+
+
+def test_the_method_page_names_tests_that_exist():
+    text = (ROOT / "bench" / "METHOD.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/gpu/)?(test_\w+\.py)::(\w+)`", text)
+    assert len(named) > 15
+    for folder, file, name in named:
+        source = (ROOT / (folder or "tests/cpu/") / file).read_text(encoding="utf-8")
+        assert re.search(rf"^def {name}\(", source, re.MULTILINE), f"{file}::{name}"
+    for number in range(1, 16):
+        assert f"\n| {number} | " in text

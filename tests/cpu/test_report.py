@@ -330,7 +330,7 @@ def test_a_damaged_report_is_an_error_of_its_own(whole, tmp_path):
 @pytest.fixture
 def checkout(tmp_path, monkeypatch) -> Path:
     """The folder that the package seems to run from."""
-    monkeypatch.setattr(reproducibility, "__file__", str(tmp_path / "bench" / "reproducibility.py"))
+    monkeypatch.setattr(reproducibility, "__file__", str(tmp_path / "bench" / "parts" / "reproducibility.py"))
     monkeypatch.delenv("EDGELLM_COMMIT", raising=False)
     return tmp_path
 
