@@ -530,12 +530,12 @@ def _roofline(report: Report) -> _Drawn:
 
 
 def _name_points(axes: Axes, points: list[_Point]) -> None:
-    """Names in order of their height, on one side, so that they do not lie upon each other."""
-    for i, p in enumerate(sorted(points, key=lambda p: p.tera_ops)):
-        left = i % 2 == 0
+    """Each product's name once, beside the highest of its points: its operations lie close together."""
+    highest = {p.name.partition(",")[0]: p for p in sorted(points, key=lambda p: p.tera_ops)}
+    for name, p in highest.items():
         axes.annotate(
-            p.name, (p.intensity, p.tera_ops), xytext=(-7 if left else 7, 0), textcoords="offset points",
-            ha="right" if left else "left", va="center", fontsize=8, color=COLOURS["ink"],
+            name, (p.intensity, p.tera_ops), xytext=(9, 0), textcoords="offset points", va="center", fontsize=8,
+            color=COLOURS["ink"],
         )  # fmt: skip
 
 
