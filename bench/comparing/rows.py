@@ -330,7 +330,6 @@ def _scaling(part: dict[str, Any], facts: dict[str, Any]) -> Iterator[Row]:
             throttled=_throttled(part.get("conditions"), entry.get("conditions")),
         )  # fmt: skip
 
-
     for entry in _list(part.get("prompts")):
         name = f"pp{entry['tokens']} @ d{entry['context']}"
         yield row(

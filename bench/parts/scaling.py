@@ -142,9 +142,7 @@ def _measure(ctx: Context) -> dict[str, Any]:
     }
     length = PROMPT_TOKENS[ctx.backend]
     prompts = {
-        depth: ctx.row(
-            f"scaling/prompt of {length} at {depth}", "engine", partial(_prompt, ctx, cache, depth, length)
-        )
+        depth: ctx.row(f"scaling/prompt of {length} at {depth}", "engine", partial(_prompt, ctx, cache, depth, length))
         for depth in ctx.shuffled("prompt depths", REPORTED.values())
     }
     shortest, *rows = (_described(ctx, depth, found[depth]) for depth in measures)
