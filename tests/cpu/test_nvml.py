@@ -67,7 +67,7 @@ def test_a_device_is_found_by_its_bus_id_and_never_by_index() -> None:
 
 def test_cudas_numbers_are_not_nvmls(monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA counts the T4 first here, the fastest or what CUDA_VISIBLE_DEVICES says; NVML goes by the bus."""
-    import cupy
+    cupy = pytest.importorskip("cupy")
 
     bus_ids = ["0000:00:1e.0", "0000:00:06.0"]
     two = RecordedNvml("h200", "t4")
@@ -249,7 +249,7 @@ _PROPERTIES = {
 
 @pytest.mark.parametrize("board", BOARDS)
 def test_every_figure_of_every_board(board: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import cupy
+    cupy = pytest.importorskip("cupy")
 
     from edgellm_cupy.kernels import nvrtc
 
