@@ -140,8 +140,11 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
 def _check_identity(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
     found = found if isinstance(found, dict) else {}
     for key in wanted:
-        if found.get(key) != wanted[key]:
+        was, now, name = found.get(key), wanted[key], key
+        if isinstance(was, dict) and isinstance(now, dict):  # such as the model: which of its fields
+            inside = next((k for k in {**now, **was} if was.get(k) != now.get(k)), None)
+            was, now, name = (was.get(inside), now.get(inside), f"{key} {inside}") if inside else (now, now, key)
+        if was != now:
             raise JournalError(
-                f"{path}: cannot be resumed: {key} was {json.dumps(found.get(key))[:80]}, "
-                f"and is {json.dumps(wanted[key])[:80]} now"
+                f"{path}: cannot be resumed: {name} was {json.dumps(was)[:80]}, and is {json.dumps(now)[:80]} now"
             )

@@ -66,7 +66,7 @@ def count_throttled(value: Any) -> int:
 
 
 def is_throttled(conditions: dict[str, Any]) -> bool:
-    """Do these conditions (see :func:`..parts.utilisation.conditions`) say so?"""
+    """Do these conditions (see :mod:`..machine.telemetry`) say so?"""
     throttled: Any = conditions.get("throttled")
     return is_metric(throttled) and throttled["value"] is True
 
@@ -184,12 +184,26 @@ def number(value: Any, digits: int = 6) -> str:
         return str(value).lower()
     if isinstance(value, float):
         return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"
+    if isinstance(value, dict):
+        return _conditions(value) if "throttled" in value else f"{len(value)} in report.json"
     if not isinstance(value, list):
         return " ".join(str(value).split())
     if not all(map(is_scalar, value)):
         return f"{len(value)} in report.json"
     sizes = all(isinstance(inner, int) for inner in value)  # of a grid or a block
     return (" x " if sizes else ", ").join(number(inner, digits) for inner in value) or "none"
+
+
+def _conditions(conditions: dict[str, Any]) -> str:
+    """Clock and temperature meanwhile, or before where nothing was read meanwhile; and what held the clocks down."""
+    before = conditions.get("before", {})
+    said = []
+    for key, unit in (("sm_clock_mhz", "MHz"), ("temperature_c", "C")):
+        found = [place[key]["value"] for place in (conditions, before) if key in place]
+        said += [f"{value:.0f} {unit}" for value in found if value is not None][:1]
+    if is_throttled(conditions):
+        said.append(f"throttled: {number(conditions['throttle_reasons']['value'])}")
+    return ", ".join(said) or "not read"
 
 
 def text(x: Any) -> str:

@@ -70,6 +70,10 @@ def test_rows_of_another_run_are_refused_with_what_differs(tmp_path):
     with pytest.raises(JournalError, match=r"rows\.jsonl: cannot be resumed: quick was true, and is false now"):
         journal(tmp_path, resume=True, quick=False)
     assert read(tmp_path / FILE)[0]["identity"] == IDENTITY  # and nothing was lost
+    journal(tmp_path, shape={"hidden": 64, "layers": 2}).close()
+    with pytest.raises(JournalError, match=r"cannot be resumed: shape hidden was 64, and is 128 now$"):
+        journal(tmp_path, resume=True, shape={"hidden": 128, "layers": 2})
+    journal(tmp_path, resume=True, shape={"layers": 2, "hidden": 64}).close()
 
 
 @pytest.mark.parametrize("text", [None, "", "\n", "[]\n", "{}\n", '{"identity": {}}\n{"figures": 1}\n', "no JSON\n"])

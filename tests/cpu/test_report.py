@@ -205,6 +205,19 @@ def test_windows_of_power_are_the_rows_of_one_table():
     assert [f"| {place} | {cells}" in text for place in ("idle", "token windows 1", "token windows 2")] == [True] * 3
 
 
+def test_conditions_of_a_row_are_one_short_cell():
+    clock = {"sm_clock_mhz": measured(1980, "MHz"), "temperature_c": measured(41, "C")}
+    during = {"begin_s": 1.0, "before": clock, "after": clock, "sm_clock_mhz": measured(1500.0, "MHz", n=3)}
+    hot = {"throttle_reasons": measured(["SwPowerCap"]), "throttled": measured(True)}
+    cool = {"throttle_reasons": measured([]), "throttled": measured(False)}
+    rows = [{"a": 1, "conditions": {**during, **state}} for state in (hot, cool)]
+    text = section({"rows": rows})
+    assert "| 1 | 1500 MHz, 41 C, throttled: SwPowerCap |" in text
+    assert "| 1 | 1500 MHz, 41 C |" in text
+    assert "{'" not in text
+    assert "2 in report.json" in section({"rows": [{"a": [{"b": 1}, {"c": {"d": 2}}]}]})
+
+
 def conditions(throttled: bool) -> dict:
     reasons = ["SwPowerCap"] if throttled else []
     return {
