@@ -22,6 +22,7 @@ FEWEST = 6  # samples, for 95 %: the range of five holds the median in 93.75 % o
 FEWEST_FOR_DEPENDENCE = 20  # of fewer samples one cannot tell how far they depend on each other
 _ONE_SIDE = 0.025
 _Z = 1.959963984540054  # the normal distribution's 97.5 % point
+_STUDENT95 = (12.706, 4.303, 3.182, 2.776)  # of 1, 2, ... degrees of freedom
 
 _TOO_FEW = f"fewer than {FEWEST} samples"
 
@@ -148,13 +149,18 @@ def _mean(v: np.ndarray, unit: str) -> Metric:
     effective = effective_samples(v)
     value, interval = float(v.mean()), None
     if len(v) >= FEWEST:
-        half = _t95(max(FEWEST, effective) - 1) * float(v.std(ddof=1)) / math.sqrt(max(FEWEST, effective))
+        half = student95(max(FEWEST, effective) - 1) * float(v.std(ddof=1)) / math.sqrt(max(FEWEST, effective))
         interval = (value - half, value + half)
     return measured(value, unit, n=len(v), **_worth(len(v), effective), **_interval(interval, _TOO_FEW))
 
 
-def _t95(degrees: float) -> float:
-    """Two-sided 95 % point of Student's t, to 0.1 % from 5 degrees of freedom on (Abramowitz and Stegun 26.7.5)."""
+def student95(degrees: float) -> float:
+    """Two-sided 95 % point of Student's t, for 1 degree of freedom or more.
+
+    A table for whole numbers below 5, to 0.1 % from there on (Abramowitz and Stegun 26.7.5).
+    """
+    if degrees < 5:
+        return _STUDENT95[math.floor(degrees) - 1]  # of fewer degrees: never too narrow
     z = _Z
     terms = (
         (z**3 + z) / 4,

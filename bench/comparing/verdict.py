@@ -62,7 +62,6 @@ _FEWEST_BATCHES = 5
 _BATCH_SAMPLES = 4
 _DRAWS = 400
 _BLOCKS = 16
-_Z95 = 1.959964
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ def _interval(old: Row, new: Row, metric: str, value: float) -> tuple[float, flo
 def _own(row: Row, logs: np.ndarray) -> tuple[float, float] | None:
     """How far the interval of one row's log cost reaches below and above it."""
     if 2 <= len(logs) < 6:
-        half = _t95(len(logs) - 1) * float(logs.std(ddof=1)) / math.sqrt(len(logs))
+        half = statistics.student95(len(logs) - 1) * float(logs.std(ddof=1)) / math.sqrt(len(logs))
         return half, half
     if len(logs):
         limits = statistics.median_interval(logs.tolist())
@@ -221,7 +220,7 @@ def _batch_half(medians: np.ndarray) -> float:
     centred = medians - medians.mean()
     alike = float(centred[:-1] @ centred[1:]) / float(centred @ centred)
     alike = min(max(alike, 0.0), 0.9)  # negative: chance; close to 1: a drift, of which n stretches tell no more
-    return _t95(n - 1) * spread / math.sqrt(n) * math.sqrt((1 + alike) / (1 - alike))
+    return statistics.student95(n - 1) * spread / math.sqrt(n) * math.sqrt((1 + alike) / (1 - alike))
 
 
 def _scatter(old: Row, new: Row) -> float:
@@ -267,16 +266,3 @@ def _of_each(logs: np.ndarray, metric: str) -> np.ndarray:
         return np.log(np.exp(logs).mean(axis=1))
     quantile = {"min": 0, "max": 100}.get(metric)
     return np.percentile(logs, float(metric[1:]) if quantile is None else quantile, axis=1)
-
-
-def _t95(degrees: int) -> float:
-    """Two-sided 95 % point of Student's t: exact below 4 degrees, to 0.3 % above (Cornish and Fisher)."""
-    if degrees < 4:
-        return (12.706, 4.303, 3.182)[degrees - 1]
-    z, v = _Z95, degrees
-    return (
-        z
-        + (z**3 + z) / (4 * v)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
-    )

@@ -121,16 +121,6 @@ def current_roof_facts() -> RoofFacts:
     return RoofFacts(int(device.compute_capability), device.attributes["MultiProcessorCount"], clock)
 
 
-def no_roofline(reason: str) -> dict[str, Any]:
-    """The result where nothing was measured: the same keys."""
-    return {
-        "bandwidth_gb_s": missing(reason, "GB/s"),
-        "peak": _no_peak(reason),
-        "ridge_ops_per_byte": missing(reason, "op/byte"),
-        "points": [],
-    }
-
-
 def roofline(
     products: Mapping[str, Any] | Sequence[Mapping[str, Any]], bandwidth: Metric, facts: RoofFacts
 ) -> dict[str, Any]:

@@ -45,8 +45,6 @@ SLOPE_DEFINITION = (
     "ordinary least squares of the median ms per token against context, over all depths; the slope for 1,024 more "
     "tokens of context, in per cent of the fitted time at 1,024 tokens; positive: slower; 95 % t interval"
 )
-# Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom: as many as len(DEPTHS) - 2 can be.
-_T95 = (12.706, 4.303, 3.182, 2.776)
 
 
 @dataclass(frozen=True)
@@ -77,8 +75,8 @@ def fit_line(contexts: Sequence[int], ms: Sequence[float]) -> Fit:
         ValueError: another number of points, or a fitted time at 1k that is not positive.
     """
     degrees = len(contexts) - 2
-    if not 1 <= degrees <= len(_T95) or len(ms) != len(contexts):
-        raise ValueError(f"{len(contexts)} contexts and {len(ms)} times, expected 3 to {len(_T95) + 2} of each")
+    if not 1 <= degrees <= len(DEPTHS) - 2 or len(ms) != len(contexts):
+        raise ValueError(f"{len(contexts)} contexts and {len(ms)} times, expected 3 to {len(DEPTHS)} of each")
     thousands = (np.asarray(contexts, np.float64) - 1024) / 1024
     design = np.stack([np.ones_like(thousands), thousands], axis=1)
     inverse = np.linalg.inv(design.T @ design)
@@ -88,7 +86,7 @@ def fit_line(contexts: Sequence[int], ms: Sequence[float]) -> Fit:
     residuals = np.asarray(ms) - design @ (at_1k, per_1k)
     covariance = inverse * (residuals @ residuals) / degrees
     gradient = np.array([-per_1k / at_1k, 1]) / at_1k  # of per_1k / at_1k by (at_1k, per_1k)
-    t = _T95[degrees - 1]
+    t = statistics.student95(degrees)
 
     def interval(centre: float, variance: float) -> tuple[float, float]:
         half = t * float(np.sqrt(variance))

@@ -247,11 +247,6 @@ def test_geometric_mean():
     assert verdict.geometric_mean(ratios) == (mean, interval)  # seeded
 
 
-@pytest.mark.parametrize(("degrees", "exact"), [(1, 12.706), (3, 3.182), (4, 2.776), (7, 2.365), (15, 2.131)])
-def test_student(degrees, exact):
-    assert verdict._t95(degrees) == pytest.approx(exact, rel=0.003)
-
-
 # ---- rows of reports ------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from edgellm_cupy.bench.metrics import measured, missing
-from edgellm_cupy.bench.parts.roofline import RATES, RoofFacts, no_roofline, roofline, theoretical_peak
+from edgellm_cupy.bench.parts.roofline import RATES, RoofFacts, roofline, theoretical_peak
 from edgellm_cupy.kernels.nvrtc import ARCHITECTURES
 
 BANDWIDTH = measured(4000.0, "GB/s")
@@ -126,11 +126,3 @@ def test_the_table_of_shapes_has_a_point_for_every_line():
     found = roofline(shapes, BANDWIDTH, facts())
     assert [point["name"] for point in found["points"]][::2] == ["2B4T out, N = 16", "2B4T out, N = 64"]
     assert found["points"][0]["intensity_ops_per_byte"]["value"] == 2 * 1000 * 2000 * 16 / 2000
-
-
-def test_nothing_measured_has_the_same_keys():
-    nothing, something = no_roofline("no GPU"), roofline(products(row()), BANDWIDTH, facts())
-    assert list(nothing) == list(something)
-    assert list(nothing["peak"]) == list(something["peak"])
-    assert nothing["peak"]["int8_tops"] == missing("no GPU", "TOPS")
-    assert nothing["points"] == []

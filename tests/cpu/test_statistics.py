@@ -410,3 +410,10 @@ def test_a_ratio_without_its_parts_is_null_or_has_no_interval() -> None:
     assert (few["value"], few["ci95"]) == (1.0, None)
     assert few["ci95_reason"]
     assert statistics.ratio(known, {**known, "value": 0.0, "ci95": [0.0, 1.0]})["value"] is None
+
+
+@pytest.mark.parametrize(
+    ("degrees", "exact"), [(1, 12.706), (3, 3.182), (4, 2.776), (5, 2.571), (7, 2.365), (15, 2.131)]
+)
+def test_student(degrees, exact):
+    assert statistics.student95(degrees) == pytest.approx(exact, rel=0.001)
