@@ -237,8 +237,11 @@ def test_a_killed_run_is_resumed_from_its_rows(tmp_path, tiny):
     ("arguments", "message"),
     [
         (["--quick"], "rows.jsonl: cannot be resumed: quick was false, and is true now"),
-        (["--head", "int8"], "rows.jsonl: cannot be resumed: decoder was "),
-        (["--backend", "numpy", "--model", "smollm-135m-notebook"], "rows.jsonl: cannot be resumed: model was "),
+        (["--head", "int8"], 'rows.jsonl: cannot be resumed: decoder head was "auto", and is "int8" now'),
+        (
+            ["--model", "smollm-135m-notebook"],
+            'rows.jsonl: cannot be resumed: model name was "tiny", and is "smollm-135m-notebook" now',
+        ),
         (["--out", "empty"], "empty/rows.jsonl: cannot be read: No such file or directory"),
     ],
 )
