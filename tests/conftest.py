@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -21,6 +22,9 @@ os.environ.setdefault("EDGELLM_TUNED", "0")  # what a user has tuned is not what
 # In .ci/run the same examples each time: a failure there is of the change, and repeats.
 settings.register_profile("edgellm", deadline=None, derandomize="EDGELLM_REPEATABLE" in os.environ)
 settings.load_profile("edgellm")
+# A shell starts what it runs in the background deaf to Ctrl-C, and so would be the commands that the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Exercised:
