@@ -9,7 +9,8 @@ from functools import cached_property
 from .source import expand
 
 
-def _without_comments(text: str) -> str:
+def without_comments(text: str) -> str:
+    """CUDA source less what follows //."""
     return re.sub(r"//[^\n]*", "", text)
 
 
@@ -53,7 +54,7 @@ class KernelSpec:
     @cached_property
     def parameters(self) -> str:
         """The kernel's parameters as a format of `struct`: P pointer, i int, q long long, f float."""
-        shell = re.search(r"KERNEL_NAME\((.*?)\)\s*\{", _without_comments(self.source()), re.DOTALL)
+        shell = re.search(r"KERNEL_NAME\((.*?)\)\s*\{", without_comments(self.source()), re.DOTALL)
         if shell is None:
             raise ValueError(f"{self.file}: no kernel named KERNEL_NAME")
         return "".join(_format(parameter) for parameter in shell[1].split(","))
@@ -61,7 +62,7 @@ class KernelSpec:
     @cached_property
     def waits(self) -> bool:
         """Whether the kernel itself waits for its predecessors, so that it may be launched before they have ended."""
-        return "wait_for_previous_kernels();" in _without_comments(self.source())
+        return "wait_for_previous_kernels();" in without_comments(self.source())
 
     def defines(self) -> tuple[tuple[str, str], ...]:
         """Every macro, KERNEL_NAME included."""
