@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -17,6 +17,7 @@ from edgellm_cupy.kernels.nvrtc import ARCHITECTURES
 from edgellm_cupy.runtime import require_gpu
 from edgellm_cupy.tuning import specialisations
 from tests.emulator import Emulator, EmulatorFault
+from tests.fake_server import FakeServer, Pieces, Request
 
 os.environ.setdefault("EDGELLM_TUNED", "0")  # what a user has tuned is not what is tested
 # In .ci/run the same examples each time: a failure there is of the change, and repeats.
@@ -129,3 +130,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason=str(e)))
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., FakeServer]]:
+    """Starts servers that answer so, and closes them behind the test."""
+    fakes: list[FakeServer] = []
+
+    def start(answer: Callable[[Request], Pieces], **options: Any) -> FakeServer:
+        fakes.append(FakeServer(answer, **options))
+        return fakes[-1]
+
+    yield start
+    for fake in fakes:
+        fake.close()

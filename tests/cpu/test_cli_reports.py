@@ -12,7 +12,7 @@ from rich.cells import cell_len
 from edgellm_cupy.bench.machine import doctor, finding
 from edgellm_cupy.bench.serving import server
 from tests.cpu.test_cli import ROOT, invoke
-from tests.cpu.test_server import openai, plain, serve, stream, whole  # noqa: F401
+from tests.fake_server import openai, plain, stream, whole
 
 MEASURED = ROOT / "bench" / "results" / "numpy" / "smollm-135m"
 
@@ -129,7 +129,7 @@ def test_doctor_examines_this_machine():
 SMALL = ["--requests", "3", "--warm-up", "1", "--max-tokens", "32", "--prompt-tokens", "32"]
 
 
-def test_a_server_is_measured_and_the_run_is_kept(tmp_path, monkeypatch, serve):  # noqa: F811
+def test_a_server_is_measured_and_the_run_is_kept(tmp_path, monkeypatch, serve):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(server.API_KEY_VARIABLE, "secret-key-123")
     fake = serve(openai(lambda request: stream(plain(n=32))))
@@ -154,7 +154,7 @@ def test_a_server_that_is_not_there_leaves_no_folder(tmp_path, monkeypatch):
     assert list(tmp_path.glob(".edgellm/runs/*/*")) == []
 
 
-def test_a_request_that_failed_is_asked_again_by_a_resumed_run(tmp_path, monkeypatch, serve):  # noqa: F811
+def test_a_request_that_failed_is_asked_again_by_a_resumed_run(tmp_path, monkeypatch, serve):
     monkeypatch.chdir(tmp_path)
     counts = [0]
 
