@@ -38,6 +38,7 @@ _NAME = re.compile(r"(\d{4,})_([^_]+)_(\d{8}T\d{4})")
 _TIME = "%Y%m%dT%H%M"
 _COMMIT_DIGITS = 7
 _LONGEST_SLUG = 60  # a folder's name may have 255 bytes
+_KINDS: dict[str, Any] = {"rows": int, "tok_s": (int, float)}  # of what files say of a run; else text
 
 
 class RunsError(EdgeLLMError):
@@ -223,16 +224,27 @@ def read(folder: Path) -> Run:
     """The run in `folder`, which has a report.json or a rows.jsonl. One that cannot be read has the state
     ``unreadable``."""
     match = _NAME.fullmatch(folder.name)
-    number = int(match[1]) if match else None
-    began = datetime.strptime(match[3], _TIME).replace(tzinfo=timezone.utc).isoformat() if match else None
-    run = Run(folder, number, "interrupted", began, folder.parent.name, None, match[2] if match else None, None, 0)
+    number, began, commit = (int(match[1]), _began(match[3]), match[2]) if match else (None, None, None)
+    run = Run(folder, number, "interrupted", began, folder.parent.name, None, commit, None, 0)
     running = _is_held(folder)
     try:
-        rows = _of_rows(folder)
-        found = _of_report(folder) if (folder / REPORT).is_file() and not running else {}
+        found = _of_rows(folder)
+        if (folder / REPORT).is_file() and not running:
+            found |= _of_report(folder)
+        for key, value in found.items():
+            if value is not None and not isinstance(value, _KINDS.get(key, str)):
+                raise TypeError(key)
     except (EdgeLLMError, KeyError, TypeError, AttributeError):
-        rows, found = {}, {"state": "unreadable"}
-    return Run(**{**vars(run), **rows, **found, **({"state": "running"} if running else {})})
+        found = {"state": "unreadable"}
+    return Run(**{**vars(run), **found, **({"state": "running"} if running else {})})
+
+
+def _began(stamp: str) -> str | None:
+    """ISO 8601 of the time in a folder's name; None of one that no clock shows, as somebody's renaming leaves it."""
+    try:
+        return datetime.strptime(stamp, _TIME).replace(tzinfo=timezone.utc).isoformat()
+    except ValueError:
+        return None
 
 
 def _of_rows(folder: Path) -> dict[str, Any]:

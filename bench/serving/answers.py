@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..metrics import Metric, measured, missing
 from .exchange import beginning, complaint, json_object
 
+_LLAMA_CLOCK = (("pp", "prompt"), ("tg", "predicted"))  # llama.cpp's names for what it times itself
 _STRANGE = (AttributeError, KeyError, IndexError, TypeError)  # JSON of another shape than the API's
 
 
@@ -20,8 +21,9 @@ class Event:
     Attributes:
         at: when it arrived, by `perf_counter`.
         text: output, also thinking; empty in chunks that only tell a role, a reason or counts.
+        thinks: some of it is thinking that the API sets apart.
         finish: why the output ended, or None.
-        counts: prompt_tokens, completion_tokens and cached_tokens, those that are told.
+        counts: prompt_tokens, completion_tokens, reasoning_tokens and cached_tokens, those that are told.
         durations: (tokens, ms) of ``"pp"`` and of ``"tg"`` on the server's own clock, those that are told.
         error: what went wrong in the middle of the stream.
         ends: nothing that matters comes after it.
@@ -29,6 +31,7 @@ class Event:
 
     at: float = 0.0
     text: str = ""
+    thinks: bool = False
     finish: str | None = None
     counts: dict[str, int] = field(default_factory=dict)
     durations: dict[str, tuple[int, float]] = field(default_factory=dict)
@@ -45,6 +48,7 @@ class Answer:
         begin, end: before the request was sent, and after the stream was read.
         arrivals: of each chunk with output.
         text: of all chunks.
+        thinks: thinking came in any of them.
         finish, counts, durations: see :class:`Event`; the last ones that were told.
     """
 
@@ -53,6 +57,7 @@ class Answer:
     end: float = 0.0
     arrivals: list[float] = field(default_factory=list)
     text: str = ""
+    thinks: bool = False
     finish: str | None = None
     counts: dict[str, int] = field(default_factory=dict)
     durations: dict[str, tuple[int, float]] = field(default_factory=dict)
@@ -61,6 +66,7 @@ class Answer:
         if event.text:
             self.arrivals.append(event.at)
             self.text += event.text
+            self.thinks |= event.thinks
         self.finish = event.finish or self.finish
         self.counts |= event.counts
         self.durations |= event.durations
@@ -85,7 +91,7 @@ class Answer:
             "first_to_last_ms": measured(1e3 * (last - first), "ms"),
             "total_ms": measured(1e3 * (self.end - self.begin), "ms"),
             "server_ms": {name: {"tokens": n, "ms": measured(ms, "ms")} for name, (n, ms) in self.durations.items()},
-            "gaps_ms": [1e3 * (b - a) for a, b in pairwise(self.arrivals)],
+            "arrivals_ns": [round(1e9 * (at - self.begin)) for at in self.arrivals],
             "begin_s": self.begin - origin,
             "end_s": self.end - origin,
         }
@@ -125,22 +131,22 @@ def _openai_event(found: Any, at: float) -> Event:
         return Event(error=complaint(found))
     choice = (found["choices"] or [{}])[0]
     said = choice.get("delta") or choice.get("message") or {"content": choice.get("text")}
-    parts = (said.get(key) for key in ("reasoning_content", "reasoning", "content"))
+    thinking = _text(said.get("reasoning_content")) + _text(said.get("reasoning"))
     usage, timings = found.get("usage") or {}, found.get("timings") or {}
-    counts = {key: usage[key] for key in ("prompt_tokens", "completion_tokens") if isinstance(usage.get(key), int)}
-    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", timings.get("cache_n"))
-    if isinstance(cached, int):
-        counts["cached_tokens"] = cached
+    counts = {
+        "prompt_tokens": usage.get("prompt_tokens"),
+        "completion_tokens": usage.get("completion_tokens"),
+        "reasoning_tokens": (usage.get("completion_tokens_details") or {}).get("reasoning_tokens"),
+        "cached_tokens": (usage.get("prompt_tokens_details") or {}).get("cached_tokens", timings.get("cache_n")),
+    }
+    clock = {key: (timings.get(f"{name}_n"), timings.get(f"{name}_ms")) for key, name in _LLAMA_CLOCK}
     return Event(
         at=at,
-        text="".join(part for part in parts if isinstance(part, str)),
-        finish=choice.get("finish_reason"),
-        counts=counts,
-        durations={
-            name: (timings[f"{key}_n"], timings[f"{key}_ms"])
-            for name, key in (("pp", "prompt"), ("tg", "predicted"))
-            if timings.get(f"{key}_n") and timings.get(f"{key}_ms")
-        },
+        text=thinking + _text(said.get("content")),
+        thinks=bool(thinking),
+        finish=_finish(choice.get("finish_reason")),
+        counts={key: n for key, n in counts.items() if _is_count(n)},
+        durations={key: (n, ms) for key, (n, ms) in clock.items() if _is_count(n) and n and _is_time(ms)},
     )
 
 
@@ -165,18 +171,36 @@ def _ollama_event(found: Any, at: float) -> Event:
     counts, durations = {}, {}
     for key, name, told_as in (("pp", "prompt_tokens", "prompt_eval"), ("tg", "completion_tokens", "eval")):
         n, ns = found.get(f"{told_as}_count"), found.get(f"{told_as}_duration")
-        if isinstance(n, int):
+        if _is_count(n):
             counts[name] = n
-            if n and ns:
+            if n and _is_time(ns):
                 durations[key] = (n, ns / 1e6)
+    thinking = _text(said.get("thinking"))
     return Event(
         at=at,
-        text="".join(part for part in (said.get("thinking"), said.get("content")) if isinstance(part, str)),
-        finish=found.get("done_reason", "not told") if found["done"] else None,
+        text=thinking + _text(said.get("content")),
+        thinks=bool(thinking),
+        finish=_finish(found.get("done_reason", "not told")) if found["done"] else None,
         counts=counts,
         durations=durations,
         ends=bool(found["done"]),
     )
+
+
+def _text(found: Any) -> str:
+    return found if isinstance(found, str) else ""
+
+
+def _finish(found: Any) -> str | None:
+    return None if found is None else str(found)
+
+
+def _is_count(found: Any) -> TypeGuard[int]:
+    return isinstance(found, int) and not isinstance(found, bool) and found >= 0
+
+
+def _is_time(found: Any) -> TypeGuard[float]:
+    return isinstance(found, (int, float)) and not isinstance(found, bool) and 0 < found < math.inf
 
 
 def told(count: int | None, reason: str) -> Metric:

@@ -7,11 +7,13 @@ not used, redirections are not followed: both would be part of what is measured.
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import re
+import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,6 +29,7 @@ ENDPOINTS = {
 }
 
 _QUESTION_S = 10.0
+_LONGEST_S = 1e6  # poll() counts milliseconds in 32 bits
 _READ_BYTES = 1 << 16
 
 
@@ -47,7 +50,7 @@ class Server:
         api: ``"openai"`` or ``"ollama"``.
         model: its name on the server; None: the first that the server lists.
         api_key: sent as a bearer token, written nowhere.
-        timeout_s: seconds that one request may take as a whole.
+        timeout_s: seconds that one request may take as a whole, at most a million.
         endpoint: ``"chat"``, or ``"completion"`` for a prompt without a chat template.
 
     Raises:
@@ -66,8 +69,10 @@ class Server:
             raise ArgumentValueError(f"api is {self.api!r}, expected one of {', '.join(APIS)}")
         if (self.api, self.endpoint) not in ENDPOINTS:
             raise ArgumentValueError(f"endpoint is {self.endpoint!r}, expected chat or completion")
-        if not self.timeout_s > 0:
-            raise ArgumentValueError(f"timeout_s is {self.timeout_s}, expected more than 0 seconds")
+        if not 0 < self.timeout_s <= _LONGEST_S:
+            raise ArgumentValueError(
+                f"timeout_s is {self.timeout_s}, expected more than 0 and at most {_LONGEST_S:.0f} seconds"
+            )
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
             raise ArgumentValueError("api_key holds characters that no HTTP header may hold")
         try:
@@ -114,6 +119,7 @@ class Exchange:
         self._server, self._limit_s = server, limit_s
         self._where = server.url
         self._connection = connection(parts.hostname or "", parts.port, timeout=limit_s)
+        self._connection.response_class = self._response  # type: ignore[assignment]
         self._deadline = 0.0
         self.connect_s = 0.0
 
@@ -174,8 +180,13 @@ class Exchange:
         kind = RefusedError if response.status in (400, 422) else ServerError
         return kind(self._server.hide(f"{self._where}: status {response.status} {response.reason}: {said}"))
 
+    def _response(self, connected: socket.socket, *args: Any, **options: Any) -> http.client.HTTPResponse:
+        """A response that never waits beyond the limit: also not for a head that comes a byte at a time."""
+        response = http.client.HTTPResponse(connected, *args, **options)
+        response.fp = io.BufferedReader(_Hurried(response.fp.detach(), self._hurry))
+        return response
+
     def _read(self, response: http.client.HTTPResponse) -> bytes:
-        self._hurry()
         return response.read1(_READ_BYTES)
 
     def _hurry(self) -> None:
@@ -201,6 +212,24 @@ class Exchange:
         if isinstance(e, http.client.HTTPException):
             return self.error(f"no HTTP: {type(e).__name__} {e}")
         return self.error(f"{type(e).__name__}: {e.strerror if isinstance(e, OSError) and e.strerror else e}")
+
+
+class _Hurried(io.RawIOBase):
+    """Reads from `raw`, after calling `hurry` each time."""
+
+    def __init__(self, raw: io.RawIOBase, hurry: Callable[[], None]):
+        self._raw, self._hurry = raw, hurry
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._hurry()
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
 
 
 def json_answer(server: Server, method: str, path: str, body: dict[str, Any] | None = None) -> Any:

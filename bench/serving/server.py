@@ -6,15 +6,23 @@ boundaries, never mixed: ``client`` is the clock of this process, with network, 
 
 Tokens are counted by the server (`usage`; Ollama: `eval_count`), never by chunks: a chunk may hold several tokens or
 none. A server that sends no usage in a stream is asked again without one, after the clock stopped; its counts are taken
-if the text is the same, or both ended at the limit. All output counts, also what a model thinks. Times of a request:
+if the text is the same, or both ended at the limit. Times of a request:
 
     begin        the request is sent, over a connection of its own that is open already
     first, last  the first and the last chunk with output arrive
     tokens/s     (n - 1) / (last - first), for n tokens of output; exact where the first chunk holds one token
 
+All output counts, also what a model thinks. Thinking that the server counts and does not send has passed before the
+first chunk: it is no part of that n, only of the tokens/s of all requests together.
+
 Prompts are random words, another beginning for each, so that no prompt is found in the server's cache (the tokens that
 a chat template puts before it may be). Greedy, `ignore_eos` where the server takes it: else an output may be short. An
 output that ended by itself may count an end token that no chunk shows.
+
+Each answered request is a row of the journal, also one of requests side by side. The main thread writes it, which reads
+no answer: those that do go on, save while it makes the line, which is no longer than some chunks of one more answer
+would take. Counts are not asked for beside other requests: that waits until all are answered. Requests of which some
+were cut off or asked later did not have the planned number beside them all the time: they have no common rate.
 
 Results of :func:`run`:
 
@@ -40,15 +48,18 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from itertools import pairwise
 from typing import Any
 
 from ...errors import ArgumentValueError
 from ...version import __version__
 from .. import statistics, timing
 from ..context import INTERRUPTED, describe
+from ..journal import Journal
 from ..metrics import Metric, is_metric, measured, missing
 from ..parts import hardware, reproducibility
 from ..reporting import report as documents
@@ -58,8 +69,6 @@ from .exchange import ENDPOINTS, Exchange, RefusedError, Server, ServerError, js
 
 API_KEY_VARIABLE = "SERVER_API_KEY"
 """Where the command line looks for a key. No EDGELLM_ name: a report lists those with their values."""
-
-Row = Callable[[str, str, Callable[[], dict[str, Any]]], dict[str, Any]]
 
 _WORDS = (
     "time year people way day man thing woman life child world school state family student group country problem hand "
@@ -113,47 +122,33 @@ def _silent(message: str) -> None:
     """Progress that nobody watches."""
 
 
-def _only_measure(key: str, boundary: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A row that no journal keeps; see :meth:`..context.Context.row`."""
-    return {**measure(), "boundary": boundary}
-
-
-def run(
-    server: Server, plan: Plan, progress: Callable[[str], None] = _silent, row: Row = _only_measure
-) -> dict[str, Any]:
-    """Ask `server` as `plan` says, and return the figures of the module's table.
+def run(client: Client, progress: Callable[[str], None] = _silent, journal: Journal | None = None) -> dict[str, Any]:
+    """Ask what is planned, and return the figures of the module's table.
 
     A request that fails is a line of `requests` with its error, and no part of any figure. After Ctrl-C the figures are
     those of the requests that were answered, and `interrupted` is true.
 
     Args:
-        server, plan: whom, and how much.
+        client: knows whom to ask, and how much.
         progress: called with a line for each step.
-        row: measures a row and keeps it, as :meth:`..context.Context.row` does. A row is a request, or with concurrency
-            all of them, since one alone would meet another load.
+        journal: keeps each answered request; those that it has already are not asked again. None: nothing keeps them.
 
     Raises:
-        ServerError: the server cannot be used, or no request was answered.
+        ServerError: no request was answered.
+        JournalError: a request cannot be kept.
         KeyboardInterrupt: before a request was answered.
     """
-    progress(f"asking {server.url} what it is")
-    client = _Client(server, plan)
-    interrupted = False
-    found: list[dict[str, Any]] = []
+    server, plan = client.server, client.plan
+    found: dict[int, dict[str, Any]] = {}
+    interruption: KeyboardInterrupt | None = None
     try:
-        for i in range(plan.warm_up):
-            progress(f"warm-up request {i + 1} of {plan.warm_up}")
-            client.warm_up()
-        rows = _together(client, progress, row) if plan.concurrency > 1 else _one_by_one(client, progress, row)
-        for lines in rows:
-            found += lines
-    except KeyboardInterrupt:
-        interrupted = True
-    interrupted = interrupted or any(is_metric(line) and line["reason"] == INTERRUPTED for line in found)
-    lines = [line if not is_metric(line) else {"error": line["reason"]} for line in found]
+        _ask_all(client, progress, Journal() if journal is None else journal, found)
+    except KeyboardInterrupt as e:
+        interruption = e
+    lines = [{"request": number, **_with_counts(found[number])} for number in sorted(found)]
     answered = [line for line in lines if "error" not in line]
-    if interrupted and not answered:
-        raise KeyboardInterrupt
+    if interruption and not answered:
+        raise interruption
     if not answered:
         raise ServerError(f"{server.url}: none of {len(lines)} requests was answered: {lines[0]['error']}")
     return {
@@ -162,15 +157,12 @@ def run(
         "endpoint": client.path,
         "url": server.url,
         "model": client.model,
-        "interrupted": interrupted,
+        "interrupted": interruption is not None,
         **client.about,
         "plan": asdict(plan),
         "options": client.options(answered),
-        **_figures(plan, answered, _wall(plan, lines)),
-        "requests": [
-            {"request": i, **{key: value for key, value in line.items() if key not in _ONLY_IN_ROWS}}
-            for i, line in enumerate(lines, 1)
-        ],
+        **_figures(plan, lines),
+        "requests": [{key: value for key, value in line.items() if key not in _ONLY_IN_ROWS} for line in lines],
     }
 
 
@@ -244,45 +236,87 @@ def _errors(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, str]]:
 
 # ---- requests -------------------------------------------------------------------------------------------------------
 
-_ONLY_IN_ROWS = ("gaps_ms", "boundary", "conditions", "begin_s", "end_s")
+_ONLY_IN_ROWS = ("arrivals_ns", "boundary", "origin", "begin_s", "end_s")
 """Of a line: what the figures are made of, and which a reader finds in the series."""
 
+_Keep = Callable[[int, dict[str, Any]], None]
 
-def _one_by_one(client: _Client, progress: Callable[[str], None], row: Row) -> Iterator[list[dict[str, Any]]]:
-    """Each request is a row of its own."""
+
+def _ask_all(
+    client: Client, progress: Callable[[str], None], journal: Journal, found: dict[int, dict[str, Any]]
+) -> None:
+    """Fill `found`: number of a request -> its line. What is in it stays there when Ctrl-C ends this."""
     plan = client.plan
-    for i in range(plan.requests):
-        progress(f"request {i + 1} of {plan.requests}")
-        yield [row(f"server/request {i + 1}", "client", client.measure)]
+
+    def key(number: int) -> str:
+        return f"server/request {number}"
+
+    def keep(number: int, line: dict[str, Any]) -> None:
+        found[number] = line
+        if "error" not in line:  # else a resumed run tries again
+            journal.record(key(number), line["end_s"] - line["begin_s"], {**line, "boundary": "client"}, [])
+
+    for number in range(1, plan.requests + 1):
+        if row := journal.recorded(key(number)):
+            found[number] = row["figures"]
+    left = [number for number in range(1, plan.requests + 1) if number not in found]
+    (_side_by_side if plan.concurrency > 1 else _one_by_one)(client, left, progress, keep)
+    for number, line in found.items():
+        found[number] = client.counted(line)
 
 
-def _together(client: _Client, progress: Callable[[str], None], row: Row) -> Iterator[list[dict[str, Any]]]:
-    """All requests are one row: `concurrency` threads, each asks again as soon as it has its answer."""
+def _one_by_one(client: Client, left: Sequence[int], progress: Callable[[str], None], keep: _Keep) -> None:
+    for number in left:
+        progress(f"request {number} of {client.plan.requests}")
+        keep(number, client.counted(client.line(client.ask(client.prompt()))))
 
-    def measure() -> dict[str, Any]:
-        prompts: queue.SimpleQueue[str] = queue.SimpleQueue()
-        done: queue.SimpleQueue[_Asked] = queue.SimpleQueue()
-        for _ in range(client.plan.requests):
-            prompts.put(client.prompt())
 
-        def work() -> None:
-            try:
-                while True:
-                    done.put(client.ask(prompts.get_nowait()))
-            except queue.Empty:
-                return
+def _side_by_side(client: Client, left: Sequence[int], progress: Callable[[str], None], keep: _Keep) -> None:
+    """`concurrency` threads, each asks again as soon as it has its answer."""
+    plan = client.plan
+    waiting: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[int, _Asked]] = queue.SimpleQueue()
+    for number in left:
+        waiting.put((number, client.prompt()))
 
-        for _ in range(client.plan.concurrency):
-            # Daemons: after Ctrl-C nobody waits for what is under way.
-            threading.Thread(target=work, daemon=True).start()
-        asked = []
-        for i in range(client.plan.requests):
-            progress(f"{i} of {client.plan.requests} requests answered, {client.plan.concurrency} at a time")
-            asked.append(done.get())
-        return {"lines": [client.counted(each) for each in asked]}
+    def work() -> None:
+        with suppress(queue.Empty):
+            while True:
+                number, prompt = waiting.get_nowait()
+                done.put((number, client.ask(prompt)))
 
-    found = row("server/requests", "client", measure)
-    yield found.get("lines", [found])
+    def keep_next(block: bool) -> None:
+        number, asked = done.get(block)
+        keep(number, client.line(asked))
+
+    for _ in range(min(plan.concurrency, len(left))):
+        # Daemons: after Ctrl-C nobody waits for what is under way.
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        for i in range(len(left)):
+            answered = plan.requests - len(left) + i
+            progress(f"{answered} of {plan.requests} requests answered, {plan.concurrency} at a time")
+            keep_next(block=True)
+    except KeyboardInterrupt:
+        with suppress(queue.Empty):
+            while True:
+                waiting.get_nowait()  # what was not sent is not sent any more
+        with suppress(queue.Empty):
+            while True:
+                keep_next(block=False)
+        raise
+
+
+def _with_counts(line: dict[str, Any]) -> dict[str, Any]:
+    """The line, null in place of counts that Ctrl-C left no time to ask for."""
+    if "again" not in line:
+        return line
+    return {**{key: value for key, value in line.items() if key != "again"}, **_no_counts(INTERRUPTED)}
+
+
+def _no_counts(reason: str) -> dict[str, Any]:
+    names = ("prompt_tokens", "completion_tokens", "hidden_tokens")
+    return {"counts": "none", **{name: missing(reason) for name in names}}
 
 
 @dataclass(frozen=True)
@@ -296,14 +330,23 @@ class _Asked:
     end: float = 0.0
 
 
-class _Client:
-    """Asks one server: knows its model, and which options it takes.
+class Client:
+    """Asks one server, which it has warmed up: knows its model, and which options it takes.
+
+    Args:
+        server, plan: whom, and how much.
+        progress: called with a line for each step.
+
+    Attributes:
+        model: its name on the server.
+        about: `engine` and `weights`, as far as the server tells.
 
     Raises:
-        ServerError: it cannot be reached, or lists no model and none was named.
+        ServerError: it cannot be reached, lists no model and none was named, or does not answer a request.
     """
 
-    def __init__(self, server: Server, plan: Plan):
+    def __init__(self, server: Server, plan: Plan, progress: Callable[[str], None] = _silent):
+        progress(f"asking {server.url} what it is")
         self.server, self.plan = server, plan
         self.path = ENDPOINTS[server.api, server.endpoint]
         self.model, self.about = _about(server)
@@ -316,7 +359,28 @@ class _Client:
         self._dice = random.SystemRandom()  # prompts of an earlier run may still be in the server's cache
         self._words = _WORDS.split()
         self._beginnings: list[str] = []
-        self._origin = time.perf_counter()
+        self._origin, self._began = time.perf_counter(), datetime.now(timezone.utc).isoformat()
+        for i in range(plan.warm_up):
+            progress(f"warm-up request {i + 1} of {plan.warm_up}")
+            self._warm_up()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for requests of two processes to belong to one run.
+
+        Not how long one may take: that changes no answer, and who met the limit goes on with a higher one.
+        """
+        return {
+            "code": reproducibility.code_hash(),
+            "url": self.server.url,
+            "api": self.server.api,
+            "endpoint": self.server.endpoint,
+            "model": self.model,
+            "engine": self.about["engine"]["value"],
+            "weights": {name: figure["value"] for name, figure in self.about["weights"].items()},
+            "refused": self._refused,
+            **asdict(self.plan),
+        }
 
     def options(self, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """What was asked for, what the server made of it."""
@@ -329,23 +393,15 @@ class _Client:
             "finish_reasons": dict(Counter(line["finish_reason"] for line in lines)),
         }
 
-    def warm_up(self) -> None:
-        """A request that is not counted. One that is refused is sent again without one of the extras.
-
-        Raises:
-            ServerError: the server does not answer it.
-        """
+    def _warm_up(self) -> None:
+        """A request that is not counted. One that is refused is sent again without one of the extras."""
         try:
             self._stream(self.prompt())
         except RefusedError:
             if not self._extras:
                 raise
             self._refused.append(self._extras.popitem()[0])
-            self.warm_up()
-
-    def measure(self) -> dict[str, Any]:
-        """The line of one request."""
-        return self.counted(self.ask(self.prompt()))
+            self._warm_up()
 
     def ask(self, prompt: str) -> _Asked:
         """One request; whatever goes wrong is its error."""
@@ -356,11 +412,30 @@ class _Client:
             error = str(e) if isinstance(e, ServerError) else self.server.hide(describe(e))
             return _Asked(prompt, error=error, begin=begin, end=time.perf_counter())
 
-    def counted(self, asked: _Asked) -> dict[str, Any]:
-        """The line of a request; the server may be asked again for its counts."""
+    def line(self, asked: _Asked) -> dict[str, Any]:
+        """The line of a request; under `again` what :meth:`counted` needs, where the answer came without counts."""
         if asked.answer is None:
-            return {"error": asked.error, "begin_s": asked.begin - self._origin, "end_s": asked.end - self._origin}
-        return {**asked.answer.line(self._origin), **self._counts(asked.prompt, asked.answer)}
+            times = {"begin_s": asked.begin - self._origin, "end_s": asked.end - self._origin}
+            return {"error": asked.error, "origin": self._began, **times}
+        answer = asked.answer
+        line = {**answer.line(self._origin), "origin": self._began}
+        if answer.tokens is None:
+            return {**line, "again": {"prompt": asked.prompt, "text": answer.text, "thinks": answer.thinks}}
+        return {
+            **line,
+            "counts": "usage" if self.server.api == "openai" else "eval_count",
+            "prompt_tokens": told(answer.prompt_tokens, "the server's counts leave the prompt out"),
+            "completion_tokens": measured(answer.tokens),
+            "hidden_tokens": _hidden(answer, answer.thinks),
+        }
+
+    def counted(self, line: dict[str, Any]) -> dict[str, Any]:
+        """The line with counts: the server may be asked again for them."""
+        if "again" not in line:
+            return line
+        again = line["again"]
+        rest = {key: value for key, value in line.items() if key != "again"}
+        return {**rest, **self._counts(again["prompt"], again["text"], again["thinks"], line["finish_reason"])}
 
     def prompt(self) -> str:
         """Another one each time, from its first word on."""
@@ -410,14 +485,8 @@ class _Client:
             raise exchange.error(f"no output came, finished by {answer.finish!r}")
         return answer
 
-    def _counts(self, prompt: str, answer: Answer) -> dict[str, Any]:
-        """Tokens of prompt and output: `counts` says from where."""
-        if answer.tokens is not None:
-            return {
-                "counts": "usage" if self.server.api == "openai" else "eval_count",
-                "prompt_tokens": told(answer.prompt_tokens, "the server's counts leave the prompt out"),
-                "completion_tokens": measured(answer.tokens),
-            }
+    def _counts(self, prompt: str, text: str, thinks: bool, finish: str) -> dict[str, Any]:
+        """Tokens of prompt and output, of the same request without a stream."""
         reason = "the server sent no usage, neither in the stream nor without one"
         if self._counts_unstreamed and self.server.api == "openai":
             try:
@@ -427,15 +496,16 @@ class _Client:
             else:
                 if again.tokens is not None:
                     # At "length" both met the same limit, whatever they said: rounding may tip one of two close tokens.
-                    same = answer.finish == again.finish == "length" or again.text.strip() == answer.text.strip()
+                    same = finish == again.finish == "length" or again.text.strip() == text.strip()
                     other = "no usage in the stream; the same request without one gave another text"
                     return {
                         "counts": "usage of the same request without a stream",
                         "prompt_tokens": told(again.prompt_tokens, reason),
                         "completion_tokens": measured(again.tokens) if same else missing(other),
+                        "hidden_tokens": _hidden(again, thinks) if same else missing(other),
                     }
                 self._counts_unstreamed = False
-        return {"counts": "none", "prompt_tokens": missing(reason), "completion_tokens": missing(reason)}
+        return _no_counts(reason)
 
     def _unstreamed(self, prompt: str) -> Answer:
         answer = Answer(connect_s=0.0, begin=0.0)
@@ -444,6 +514,11 @@ class _Client:
             raise ServerError(self.server.hide(event.error))
         answer.add(event)
         return answer
+
+
+def _hidden(counted: Answer, thinks: bool) -> Metric:
+    """Tokens that are in the counts of `counted` and in no chunk; `thinks`: the chunks showed thinking."""
+    return told(0 if thinks else counted.counts.get("reasoning_tokens"), "the server does not tell")
 
 
 # ---- who answers ----------------------------------------------------------------------------------------------------
@@ -462,7 +537,7 @@ def _about(server: Server) -> tuple[str, dict[str, Any]]:
     try:
         found = json_answer(server, "GET", path)
         listed = [x for x in found.get(key) or [] if isinstance(x, dict) and isinstance(x.get(name), str)]
-    except (ServerError, AttributeError) as e:  # some servers list nothing, and still answer
+    except (ServerError, AttributeError, TypeError) as e:  # some servers list nothing, and still answer
         listed, refused = [], f": {e}"
     if not server.model and not listed:
         raise ServerError(f"{server.url}: the server lists no model, name one{refused}")
@@ -496,22 +571,24 @@ def _engine(server: Server, entry: dict[str, Any]) -> Metric:
 
 def _weights(entry: dict[str, Any]) -> dict[str, Metric]:
     """Of an entry in the list of models: llama.cpp has `meta`, Ollama `size` and `details`."""
-    meta, details = entry.get("meta") or {}, entry.get("details") or {}
-    unknown = missing("the server does not tell")
-    size, parameters = meta.get("size", entry.get("size")), meta.get("n_params", details.get("parameter_size"))
-    quantisation = details.get("quantization_level")
+    meta, details = (found if isinstance(found, dict) else {} for found in (entry.get("meta"), entry.get("details")))
+
+    def figure(found: Any, kinds: tuple[type, ...], unit: str | None = None) -> Metric:
+        return measured(found, unit) if found and isinstance(found, kinds) else missing("the server does not tell")
+
     return {
-        "bytes": measured(size, "bytes") if size else unknown,
-        "parameters": measured(parameters) if parameters else unknown,
-        "quantisation": measured(quantisation) if quantisation else unknown,
+        "bytes": figure(meta.get("size", entry.get("size")), (int,), "bytes"),
+        "parameters": figure(meta.get("n_params", details.get("parameter_size")), (int, str)),
+        "quantisation": figure(details.get("quantization_level"), (str,)),
     }
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------
 
 
-def _figures(plan: Plan, lines: list[dict[str, Any]], wall: float) -> dict[str, Any]:
-    """Everything that is made of the answered requests, which took `wall` seconds."""
+def _figures(plan: Plan, asked: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Everything that is made of the lines of the requests that were asked; at least one was answered."""
+    lines = [line for line in asked if "error" not in line]
     prompts, outputs = f"pp{plan.prompt_tokens}", f"tg{plan.max_tokens}"
     each_token = [_per_token(line) for line in lines]
     first_token = _series([line["first_token_ms"] for line in lines], "ms")
@@ -533,10 +610,10 @@ def _figures(plan: Plan, lines: list[dict[str, Any]], wall: float) -> dict[str, 
         },
     ]
     server = [row for name, key in ((prompts, "pp"), (outputs, "tg")) if (row := _server_row(name, key, lines))]
-    gaps = [line["gaps_ms"] for line in lines]
+    gaps = [[(b - a) / 1e6 for a, b in pairwise(line["arrivals_ns"])] for line in lines]
     chunk = _gaps(gaps)
     token = chunk if (reason := _not_tokens(lines)) is None else missing(reason, "ms")
-    throughput = _throughput(plan, lines, wall)
+    throughput = _throughput(plan, asked)
     return {
         "rows": client + server,
         "time_to_first_token": first_token,
@@ -555,7 +632,7 @@ def _figures(plan: Plan, lines: list[dict[str, Any]], wall: float) -> dict[str, 
 
 def _per_token(line: dict[str, Any]) -> Metric:
     """Milliseconds a token, behind the first one."""
-    n, ms = line["completion_tokens"], line["first_to_last_ms"]["value"]
+    n, ms = _shown(line), line["first_to_last_ms"]["value"]
     if n["value"] is None:
         return missing(n["reason"], "ms")
     if n["value"] < 2 or not ms:
@@ -563,11 +640,24 @@ def _per_token(line: dict[str, Any]) -> Metric:
     return measured(ms / (n["value"] - 1), "ms")
 
 
+def _shown(line: dict[str, Any]) -> Metric:
+    """Tokens of output that are in the chunks."""
+    n, hidden = line["completion_tokens"], line["hidden_tokens"]["value"]
+    if n["value"] is None or not hidden:
+        return dict(n)
+    shown = n["value"] - hidden
+    if shown < line["chunks"]:  # then some of it was in the text, as a model's template may have it
+        return missing(f"{hidden} of {n['value']} tokens are reasoning, but {line['chunks']} chunks with output came")
+    return measured(shown)
+
+
 def _prompt_rate(line: dict[str, Any]) -> Metric:
     """Tokens a second that were read until the first one came, without those that the server had in its cache."""
     n = line["prompt_tokens"]
     if n["value"] is None:
         return missing(n["reason"], "tok/s")
+    if hidden := line["hidden_tokens"]["value"]:
+        return missing(f"{hidden} tokens of reasoning may have come before the first one that was sent", "tok/s")
     tokens = n["value"] - (line["cached_tokens"]["value"] or 0)
     if tokens <= 0:
         return missing("the whole prompt was in the server's cache", "tok/s")
@@ -620,34 +710,48 @@ def _gaps(gaps: Sequence[Sequence[float]]) -> dict[str, Any]:
 
 def _not_tokens(lines: Sequence[dict[str, Any]]) -> str | None:
     """Why the gaps between chunks are not those between tokens, or None."""
-    for line in lines:
-        n = line["completion_tokens"]
+    shown = [_shown(line) for line in lines]
+    for n in shown:
         if n["value"] is None:
             return f"the number of tokens is unknown: {n['reason']}"
-    chunks = sum(line["chunks"] for line in lines)
-    tokens = sum(line["completion_tokens"]["value"] for line in lines)
-    if any(line["chunks"] != line["completion_tokens"]["value"] for line in lines):
+    chunks, tokens = sum(line["chunks"] for line in lines), sum(n["value"] for n in shown)
+    if any(line["chunks"] != n["value"] for line, n in zip(lines, shown, strict=True)):
         return f"chunks are not tokens: {chunks} chunks with output, {tokens} tokens"
     return "every answer is one token" if chunks == len(lines) else None
 
 
-def _wall(plan: Plan, lines: Sequence[dict[str, Any]]) -> float:
+def _wall(plan: Plan, asked: Sequence[dict[str, Any]]) -> float:
     """Seconds of all requests together; one at a time: of those that were answered, without what lies between them."""
     if plan.concurrency == 1:
-        return sum(line["end_s"] - line["begin_s"] for line in lines if "error" not in line)
-    return max(line["end_s"] for line in lines) - min(line["begin_s"] for line in lines)
+        return sum(line["end_s"] - line["begin_s"] for line in asked if "error" not in line)
+    processes = [[line for line in asked if line["origin"] == origin] for origin in _origins(asked)]
+    return sum(max(line["end_s"] for line in each) - min(line["begin_s"] for line in each) for each in processes)
 
 
-def _throughput(plan: Plan, lines: Sequence[dict[str, Any]], wall: float) -> dict[str, Any]:
+def _origins(asked: Sequence[dict[str, Any]]) -> set[str]:
+    """Of each process that asked: the moment from which it counts its seconds."""
+    return {line["origin"] for line in asked}
+
+
+def _throughput(plan: Plan, asked: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Of all requests together."""
-    counts = [line["completion_tokens"] for line in lines]
+    answered = [line for line in asked if "error" not in line]
+    wall = _wall(plan, asked)
+    counts = [line["completion_tokens"] for line in answered]
     unknown = next((n["reason"] for n in counts if n["value"] is None), None)
+    cut = None
+    if plan.concurrency > 1 and (len(asked) < plan.requests or len(_origins(asked)) > 1):
+        cut = f"not asked in one go: there were not {plan.concurrency} requests under way all the time"
     return {
-        "answered": len(lines),
+        "answered": len(answered),
         "concurrency": plan.concurrency,
         "wall": measured(wall, "s"),
-        "requests_s": measured(len(lines) / wall, "requests/s", n=len(lines)),
+        "requests_s": (
+            missing(cut, "requests/s") if cut else measured(len(answered) / wall, "requests/s", n=len(answered))
+        ),
         "output_tok_s": (
-            missing(unknown, "tok/s") if unknown else measured(sum(n["value"] for n in counts) / wall, "tok/s")
+            missing(cut or unknown or "", "tok/s")
+            if cut or unknown
+            else measured(sum(n["value"] for n in counts) / wall, "tok/s")
         ),
     }

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import Enum
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 from urllib.parse import urlsplit
 
 import typer
 
 from .bench import command_line, finish, folder_of
 from .output import interruptible, say, status
-
-if TYPE_CHECKING:
-    from ..bench.journal import Journal
 
 
 class Api(str, Enum):
@@ -85,25 +79,14 @@ def measure_server(options: ServerOptions) -> NoReturn:
     plan = replace(server.QUICK if options.quick else server.Plan(), **told)
     if options.out:
         report.make_folder(options.out)
-    identity = {"url": where.url, "api": where.api, "model": where.model, "endpoint": where.endpoint, **asdict(plan)}
     with ExitStack() as stack:
         signalled = stack.enter_context(interruptible())
         place = f"server {urlsplit(where.url).netloc}"
         folder = stack.enter_context(folder_of(options.out, options.resume, place))
-        journal = stack.enter_context(closing(Journal.open(folder, identity, options.resume)))
         with status(elsewhere=lambda step: say(f"edgellm bench server: {step}")) as step:
-            figures = server.run(where, plan, step, partial(_row, journal))
+            client = server.Client(where, plan, step)
+            journal = stack.enter_context(closing(Journal.open(folder, client.identity, options.resume)))
+            figures = server.run(client, step, journal)
         result = server.report(where, plan, figures, command_line(), len(journal.taken))
         finish(result, folder)
     raise typer.Exit(signalled() or suite.exit_code(result))
-
-
-def _row(journal: Journal, key: str, boundary: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A row that the journal keeps, or has already. A request that failed is tried again by a resumed run."""
-    if recorded := journal.recorded(key):
-        return dict(recorded["figures"])
-    start = time.perf_counter()
-    figures = {**measure(), "boundary": boundary}
-    if "error" not in figures:
-        journal.record(key, time.perf_counter() - start, figures, [])
-    return figures

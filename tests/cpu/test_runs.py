@@ -132,9 +132,19 @@ def test_states_follow_from_the_report(measured):
         ({"errors": {"tokens": {"reason": "x"}}}, "partial"),
         ({"summary": None}, "unreadable"),
         ({"schema_version": "9.0.0"}, "unreadable"),
+        ({"workload": {**written["workload"], "timestamp": {"value": 7}}}, "unreadable"),
+        ({"summary": {**written["summary"], "throughput_tok_s": {"value": "many"}}}, "unreadable"),
     ):
         (run.path / "report.json").write_text(json.dumps(written | change))
         assert runs.read(run.path).state == state
+
+
+def test_a_name_with_a_time_that_no_clock_shows(tmp_path):
+    folder = tmp_path / "gpu" / "0007_abc_20261399T9999"
+    folder.mkdir(parents=True)
+    with_rows(folder)
+    (run,) = runs.listing(tmp_path)
+    assert (run.path, run.number, run.time, run.state) == (folder, 7, None, "interrupted")
 
 
 def test_a_run_without_a_report_was_killed_or_is_running(tmp_path):

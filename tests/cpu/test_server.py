@@ -6,6 +6,7 @@ test's own server really sent.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -18,9 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from edgellm_cupy import cli
+from edgellm_cupy.bench import journal
 from edgellm_cupy.bench.context import INTERRUPTED
-from edgellm_cupy.bench.metrics import is_metric, missing
+from edgellm_cupy.bench.journal import Journal
+from edgellm_cupy.bench.metrics import is_metric, measured, missing
 from edgellm_cupy.bench.reporting import markdown, report, schema
 from edgellm_cupy.bench.serving import server
 from edgellm_cupy.bench.serving.answers import Answer, Event
@@ -49,7 +54,16 @@ KEY = "secret-key-123"
 
 
 def measure(fake: FakeServer, plan: server.Plan = FEW, **options: Any) -> dict[str, Any]:
-    return server.run(server.Server(fake.url, options.pop("api", "openai"), timeout_s=20, **options), plan)
+    return ask(server.Server(fake.url, options.pop("api", "openai"), timeout_s=20, **options), plan)
+
+
+def ask(
+    where: server.Server,
+    plan: server.Plan = FEW,
+    progress: Callable[[str], None] = str,
+    journal: Journal | None = None,
+) -> dict[str, Any]:
+    return server.run(server.Client(where, plan, progress), progress, journal)
 
 
 def errors(figures: dict[str, Any]) -> list[str]:
@@ -182,18 +196,19 @@ def test_ollama_as_documented(serve):
 # ---- arithmetic -----------------------------------------------------------------------------------------------------
 
 
-def answered(at: list[float], tokens: int | None, **counts: int) -> dict[str, Any]:
+def answered(at: list[float], tokens: int | None, hidden: int = 0, **counts: int) -> dict[str, Any]:
     """The line of an answer whose chunks came at these seconds after it was asked for."""
     answer = Answer(connect_s=0.002, begin=100.0, end=100.0 + at[-1] + 0.01)
     for t in at:
         answer.add(Event(at=100.0 + t, text="x"))
     answer.add(Event(finish="length", counts=counts))
-    told = {"completion_tokens": missing("not told") if tokens is None else {"value": tokens}}
-    return {**answer.line(100.0), "prompt_tokens": {"value": 50}, "counts": "usage", **told}
+    told = {"completion_tokens": missing("not told") if tokens is None else measured(tokens)}
+    told |= {"prompt_tokens": measured(50), "hidden_tokens": measured(hidden), "counts": "usage"}
+    return {**answer.line(100.0), "origin": "noon", **told}
 
 
 def figures_of(*lines: dict[str, Any], plan: server.Plan = FEW) -> dict[str, Any]:
-    return server._figures(plan, list(lines), server._wall(plan, lines))
+    return server._figures(plan, lines)
 
 
 def test_rates_are_of_the_tokens_behind_the_first():
@@ -224,6 +239,25 @@ def test_cached_prompt_tokens_make_no_speed():
     assert figures["rows"][0]["tok_s"]["n"] == 1
 
 
+def test_hidden_tokens_are_in_no_rate_but_that_of_the_wall():
+    figures = figures_of(answered([0.5, 0.6, 0.9], 60, hidden=57), answered([0.5, 0.7, 0.9], 3))
+    prompt, output = figures["rows"]
+    assert figures["time_per_output_token"]["samples"] == [200, 200]
+    assert output["tok_s"]["value"] == pytest.approx(5)
+    assert figures["inter_token"]["samples"] == [100, 300, 200, 200]
+    assert figures["one_token_a_chunk"]["value"] is True
+    assert prompt["tok_s"]["value"] == pytest.approx(50 / 0.5)
+    assert prompt["tok_s"]["n"] == 1  # of the other one: what came first was thought first
+    assert figures["throughput"]["output_tok_s"]["value"] == pytest.approx(63 / (0.91 + 0.91))
+
+
+def test_reasoning_that_may_be_in_the_chunks_is_no_rate():
+    figures = figures_of(answered([0.5, 0.6, 0.9], 3, hidden=2))
+    assert figures["client_tok_s"]["value"] is None
+    assert figures["client_tok_s"]["reason"] == "2 of 3 tokens are reasoning, but 3 chunks with output came"
+    assert figures["inter_token"]["value"] is figures["one_token_a_chunk"]["value"] is None
+
+
 @pytest.mark.parametrize(("at", "tokens"), [([0.5], 1), ([0.5], 8), ([0.5, 0.5, 0.5], 3)])
 def test_nothing_between_the_first_and_the_last_is_no_rate(at, tokens):
     figures = figures_of(answered(at, tokens))
@@ -234,7 +268,7 @@ def test_nothing_between_the_first_and_the_last_is_no_rate(at, tokens):
 
 def test_wall_of_requests_side_by_side_holds_the_failed_ones():
     plan = server.Plan(requests=3, concurrency=2)
-    failed = {"error": "no", "begin_s": 0.2, "end_s": 3.0}
+    failed = {"error": "no", "origin": "noon", "begin_s": 0.2, "end_s": 3.0}
     assert server._wall(plan, [answered([0.5, 0.6], 2), failed]) == pytest.approx(3.0)
     assert server._wall(FEW, [answered([0.5, 0.6], 2), failed]) == pytest.approx(0.61)
 
@@ -258,6 +292,26 @@ def test_thinking_is_output(serve):
     pieces = [ROLE, *thinking, chunk(" so", "length", usage=usage(3)), DONE]
     figures = measure(serve(openai(lambda request: stream(*pieces, gap=0.004))))
     assert figures["requests"][0]["chunks"] == 3
+    assert figures["one_token_a_chunk"]["value"] is True
+
+
+@pytest.mark.parametrize(("shown", "hidden"), [([], 56), (["hm"] * 56, 0)])
+@pytest.mark.parametrize("in_stream", [True, False])
+def test_thinking_is_hidden_if_no_chunk_shows_it(serve, shown, hidden, in_stream):
+    told = usage(64, completion_tokens_details={"reasoning_tokens": 56})
+    thinking = [sse({"choices": [{"delta": {"reasoning_content": text}}]}) for text in shown]
+    last = chunk(finish="length", **({"usage": told} if in_stream else {}))
+
+    def answer(request: Request) -> Pieces:
+        if request.body["stream"]:
+            return stream(*thinking, *words(8), last, DONE, gap=0.001)
+        return whole({"choices": [{"message": {"content": "x"}, "finish_reason": "length"}], "usage": told})
+
+    figures = measure(serve(openai(answer)))
+    line = figures["requests"][0]
+    assert (line["hidden_tokens"]["value"], line["completion_tokens"]["value"]) == (hidden, 64)
+    each_token = [line["first_to_last_ms"]["value"] / (64 - hidden - 1) for line in figures["requests"]]
+    assert figures["time_per_output_token"]["samples"] == pytest.approx(each_token, rel=1e-4)
     assert figures["one_token_a_chunk"]["value"] is True
 
 
@@ -387,7 +441,7 @@ def test_nobody_listens():
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
     with pytest.raises(server.ServerError, match=f"^{url}: connection refused: no server listens there$"):
-        server.run(server.Server(url, "openai"), FEW)
+        ask(server.Server(url, "openai"), FEW)
 
 
 def test_silence_ends_at_the_limit(serve):
@@ -395,8 +449,16 @@ def test_silence_ends_at_the_limit(serve):
     fake = serve(openai(lambda request: stream(*60 * [b": ping\n\n"], gap=0.05)))
     start = time.perf_counter()
     with pytest.raises(server.ServerError, match=r"not finished after 0\.4 s"):
-        server.run(server.Server(fake.url, "openai", timeout_s=0.4), FEW)
+        ask(server.Server(fake.url, "openai", timeout_s=0.4), FEW)
     assert time.perf_counter() - start < 2.5  # the pings go on for 3 s
+
+
+def test_a_head_that_does_not_end_ends_at_the_limit(serve):
+    drip = [(0.05, b"HTTP/1.1 200 OK\r\n"), *60 * [(0.05, b"X-Wait: 1\r\n")]]
+    start = time.perf_counter()
+    with pytest.raises(server.ServerError, match=r"not finished after 0\.4 s"):
+        ask(server.Server(serve(openai(lambda request: drip)).url, "openai", timeout_s=0.4))
+    assert time.perf_counter() - start < 2.5  # the head goes on for 3 s
 
 
 @pytest.fixture
@@ -417,15 +479,15 @@ def test_https(serve, certificate, monkeypatch):
     fake = serve(openai(lambda request: stream(plain())), certificate=certificate)
     where = server.Server(fake.url, "openai", timeout_s=20)
     with pytest.raises(server.ServerError, match=r"certificate is not trusted: self.signed"):
-        server.run(where, FEW)
+        ask(where, FEW)
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    assert errors(server.run(where, FEW)) == []
+    assert errors(ask(where, FEW)) == []
 
 
 def test_https_to_a_server_without_it(serve):
     fake = serve(openai(lambda request: stream(plain())))
     with pytest.raises(server.ServerError, match=r"no TLS: .*; is it http instead of https"):
-        server.run(server.Server(fake.url.replace("http", "https"), "openai", timeout_s=5), FEW)
+        ask(server.Server(fake.url.replace("http", "https"), "openai", timeout_s=5), FEW)
 
 
 def test_ollama_errors(serve):
@@ -488,8 +550,9 @@ def test_model_is_the_first_or_the_named(serve):
     assert measure(fake, model="other")["model"] == fake.requests[-1].body["model"] == "other"
 
 
-def test_no_list_of_models(serve):
-    fake = serve(lambda r: stream(plain()) if r.method == "POST" else whole({"detail": "Not Found"}, "404 Not Found"))
+@pytest.mark.parametrize("said", [whole({"detail": "Not Found"}, "404 Not Found"), whole({"data": 7}), whole([1])])
+def test_no_list_of_models(serve, said):
+    fake = serve(lambda r: stream(plain()) if r.method == "POST" else said)
     assert "lists no model, name one" in failing(fake)
     assert measure(fake, model="mine")["model"] == "mine"
 
@@ -516,9 +579,29 @@ def test_engines_that_tell(serve):
     assert nobody["reason"]
 
 
+@pytest.mark.parametrize("odd", [["x"], "x", 3, {"size": "big", "n_params": [1]}])
+def test_a_list_of_models_that_tells_odd_things(serve, odd):
+    listed = {"data": [{"id": "m", "meta": odd, "details": odd}]}
+    fake = serve(lambda r: stream(plain()) if r.method == "POST" else whole(listed))
+    weights = measure(fake)["weights"]
+    assert {figure["value"] for figure in weights.values()} == {None}
+
+
+@pytest.mark.parametrize("odd", ["x", [1], {"a": 1}, True, -1, float("inf")])
+def test_an_answer_that_tells_odd_things(serve, odd):
+    """Neither a count nor a time: nobody told one."""
+    timings = dict.fromkeys(("cache_n", "prompt_n", "prompt_ms", "predicted_n", "predicted_ms"), odd)
+    last = chunk(finish="length", timings={**timings, "prompt_n": 3}, usage=dict.fromkeys(usage(8), odd))
+    fake = serve(openai(lambda request: stream(*words(8), last.replace(b'"length"', b'["length"]'), DONE, gap=0.002)))
+    figures = measure(fake)
+    assert errors(figures) == []
+    assert figures["client_tok_s"]["value"] is figures["requests"][0]["cached_tokens"]["value"] is None
+    assert {row["boundary"] for row in figures["rows"]} == {"client"}
+
+
 def test_url_may_end_with_v1_and_have_a_path(serve):
     fake = serve(lambda request: stream(plain()) if request.method == "POST" else whole({"data": [{"id": "m"}]}))
-    server.run(server.Server(fake.url + "/proxy/v1/", "openai"), FEW)
+    ask(server.Server(fake.url + "/proxy/v1/", "openai"), FEW)
     assert {r.path for r in fake.requests if r.method == "POST"} == {"/proxy/v1/chat/completions"}
 
 
@@ -543,7 +626,8 @@ def test_plans_that_are_none(wrong):
 
 
 def test_servers_that_are_none():
-    for wrong in ({"api": "grpc"}, {"endpoint": "embeddings"}, {"timeout_s": 0.0}, {"api_key": "a\nb"}):
+    limits = [{"timeout_s": limit} for limit in (0.0, float("nan"), float("inf"), 1e10)]
+    for wrong in ({"api": "grpc"}, {"endpoint": "embeddings"}, {"api_key": "a\nb"}, *limits):
         with pytest.raises(ArgumentValueError, match=next(iter(wrong))):
             server.Server(**{"url": "http://x", "api": "openai", **wrong})
 
@@ -555,7 +639,7 @@ def test_key_is_sent_and_never_written(serve):
     echoes = {"error": {"message": f"Incorrect API key provided: {KEY}"}}
     fake = serve(after_warm_up(stream(plain()), whole(echoes, "401 Unauthorized")))
     where = server.Server(fake.url, "openai", api_key=KEY)
-    figures = server.run(where, FEW)
+    figures = ask(where, FEW)
     made = server.report(where, FEW, figures, f"edgellm bench server --api-key {KEY}")
     assert all(request.headers["authorization"] == f"Bearer {KEY}" for request in fake.requests)
     assert KEY not in json.dumps(made)
@@ -573,7 +657,15 @@ def test_without_a_key_none_is_sent(serve):
 # ---- rows, threads, Ctrl-C ------------------------------------------------------------------------------------------
 
 
-def test_requests_side_by_side(serve):
+SIDE_BY_SIDE = server.Plan(requests=6, warm_up=1, max_tokens=8, prompt_tokens=32, concurrency=2)
+
+
+def kept_in(folder: Path) -> list[str]:
+    """Keys of the rows that are on the disk."""
+    return [row["key"] for row in journal.read(folder / journal.FILE)[1]]
+
+
+def test_requests_side_by_side(serve, tmp_path):
     """Two at a time: the server holds every request until a second one is there, or gives up."""
     both = threading.Barrier(2, timeout=20)
     warm = iter([True])
@@ -583,37 +675,111 @@ def test_requests_side_by_side(serve):
             both.wait()
         return stream(*words(8), chunk(finish="length", usage=usage(8)), DONE, gap=0.002)
 
-    plan = server.Plan(requests=4, warm_up=1, max_tokens=8, prompt_tokens=32, concurrency=2)
-    keys: list[str] = []
-
-    def row(key: str, boundary: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        keys.append(f"{key} {boundary}")
-        return {**measure(), "boundary": boundary}
-
-    figures = server.run(server.Server(serve(openai(answer)).url, "openai", timeout_s=30), plan, row=row)
+    rows = Journal.open(tmp_path, {"run": 1})
+    figures = ask(server.Server(serve(openai(answer)).url, "openai", timeout_s=30), SIDE_BY_SIDE, journal=rows)
     assert errors(figures) == []
-    assert keys == ["server/requests client"]
+    assert sorted(kept_in(tmp_path)) == [f"server/request {number}" for number in range(1, 7)]
+    assert schema.check(tmp_path / journal.FILE) == []
     throughput = figures["throughput"]
-    assert throughput["answered"] == 4
+    assert throughput["answered"] == 6
     wall = throughput["wall"]["value"]
-    assert throughput["requests_s"]["value"] == pytest.approx(4 / wall)
-    assert throughput["output_tok_s"]["value"] == pytest.approx(32 / wall)
+    assert throughput["requests_s"]["value"] == pytest.approx(6 / wall)
+    assert throughput["output_tok_s"]["value"] == pytest.approx(48 / wall)
     assert wall < sum(line["total_ms"]["value"] for line in figures["requests"]) / 1e3
+
+
+def test_requests_side_by_side_are_kept_as_they_are_answered(serve, tmp_path):
+    """The server sends the last answer when the row of another one is on the disk."""
+    rows = Journal.open(tmp_path, {"run": 1})
+    seen: list[int] = []
+
+    def answer(request: Request) -> Pieces:
+        if len(fake.sent) == SIDE_BY_SIDE.warm_up + SIDE_BY_SIDE.requests:
+            end = time.perf_counter() + 10
+            while not kept_in(tmp_path) and time.perf_counter() < end:
+                time.sleep(0.01)
+            seen.append(len(kept_in(tmp_path)))
+        return stream(plain())
+
+    fake = serve(openai(answer))
+    ask(server.Server(fake.url, "openai", timeout_s=30), SIDE_BY_SIDE, journal=rows)
+    assert min(seen) > 0
+
+
+def interrupting(at: str) -> Callable[[str], None]:
+    """Progress that is interrupted by Ctrl-C at a step that begins so."""
+
+    def progress(step: str) -> None:
+        if step.startswith(at):
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def test_ctrl_c_loses_no_request_of_those_side_by_side(serve, tmp_path):
+    numbers = itertools.count()
+    goes_on = threading.Event()
+
+    def answer(request: Request) -> Pieces:
+        if next(numbers) >= SIDE_BY_SIDE.warm_up + 4:
+            goes_on.wait(20)
+        return stream(plain())
+
+    rows = Journal.open(tmp_path, {"run": 1})
+    where = server.Server(serve(openai(answer)).url, "openai", timeout_s=30)
+    first = ask(where, SIDE_BY_SIDE, interrupting("3 of 6 requests answered"), rows)
+    goes_on.set()
+    rows.close()
+    assert first["interrupted"] is True
+    assert len(first["requests"]) == first["time_to_first_token"]["n"] == len(kept_in(tmp_path)) >= 3
+    assert "not asked in one go" in first["client_requests_s"]["reason"]
+    assert first["throughput"]["output_tok_s"]["value"] is None
+
+    kept = len(kept_in(tmp_path))
+    rows = Journal.open(tmp_path, {"run": 1}, resume=True)
+    fake = serve(openai(lambda request: stream(plain())))
+    again = ask(server.Server(fake.url, "openai", timeout_s=20), SIDE_BY_SIDE, journal=rows)
+    assert again["interrupted"] is False
+    assert len(rows.taken) == kept
+    assert len(fake.sent) == SIDE_BY_SIDE.warm_up + 6 - kept
+    assert [line["request"] for line in again["requests"]] == [1, 2, 3, 4, 5, 6]
+    assert set(first["time_to_first_token"]["samples"]) <= set(again["time_to_first_token"]["samples"])
+    assert (again["throughput"]["answered"], again["client_requests_s"]["value"]) == (6, None)
+
+
+def test_counts_are_not_asked_for_beside_other_requests(serve, tmp_path):
+    def answer(request: Request) -> Pieces:
+        if request.body["stream"]:
+            return stream(*words(8), chunk(finish="length"), DONE, gap=0.002)
+        return whole({"choices": [{"message": {"content": "x"}, "finish_reason": "length"}], "usage": usage(8)})
+
+    def of_streams(fake: FakeServer) -> list[bool]:
+        return [request.body["stream"] for request in fake.requests if request.body]
+
+    fake = serve(openai(answer))
+    where = server.Server(fake.url, "openai", timeout_s=20)
+    assert ask(where, SIDE_BY_SIDE)["client_tok_s"]["value"] > 0
+    assert of_streams(fake) == 7 * [True] + 6 * [False]
+
+    fake = serve(openai(answer))
+    where = server.Server(fake.url, "openai", timeout_s=20)
+    rows = Journal.open(tmp_path, {"run": 1})
+    first = ask(where, SIDE_BY_SIDE, interrupting("5 of 6"), rows)
+    rows.close()
+    assert first["client_tok_s"]["reason"] == INTERRUPTED
+    assert False not in of_streams(fake)
+    resumed = ask(where, SIDE_BY_SIDE, journal=Journal.open(tmp_path, {"run": 1}, resume=True))
+    assert [line["completion_tokens"]["value"] for line in resumed["requests"]] == 6 * [8]
+    assert of_streams(fake).count(False) == 6
 
 
 def test_rows_that_are_kept_are_not_asked_again(serve):
     fake = serve(openai(lambda request: stream(plain())))
-    kept: dict[str, dict[str, Any]] = {}
-
-    def row(key: str, boundary: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        kept.setdefault(key, json.loads(json.dumps({**measure(), "boundary": boundary})) if key not in kept else {})
-        return kept[key]
-
+    rows = Journal()
     where = server.Server(fake.url, "openai")
-    first = server.run(where, FEW, row=row)
+    first = ask(where, journal=rows)
     asked = len(fake.sent)
-    again = server.run(where, FEW, row=row)
-    assert list(kept) == ["server/request 1", "server/request 2"]
+    again = ask(where, journal=rows)
     assert len(fake.sent) == asked + FEW.warm_up
     assert again["time_to_first_token"]["samples"] == first["time_to_first_token"]["samples"]
 
@@ -622,32 +788,58 @@ def test_ctrl_c_keeps_what_was_answered(serve):
     fake = serve(openai(lambda request: stream(plain())))
     plan = server.Plan(requests=5, warm_up=1, max_tokens=8, prompt_tokens=32)
 
-    def interrupted(message: str) -> None:
-        if message == "request 4 of 5":
-            raise KeyboardInterrupt
-
     where = server.Server(fake.url, "openai")
-    figures = server.run(where, plan, interrupted)
+    figures = ask(where, plan, interrupting("request 4 of 5"))
     assert (figures["interrupted"], len(figures["requests"])) == (True, 3)
     assert server.report(where, plan, figures, "")["interrupted"] is True
-
-    def at_once(message: str) -> None:
-        if message.startswith("warm-up"):
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        server.run(where, plan, at_once)
+        ask(where, plan, interrupting("warm-up"))
 
 
-def test_a_row_that_context_did_not_measure_is_an_interruption(serve):
-    fake = serve(openai(lambda request: stream(plain())))
+def interrupted_run(fake: FakeServer, *more: str) -> list[str]:
+    """The arguments of a run in out/ whose first request alone was answered."""
+    arguments = ["bench", "server", "--url", fake.url, "--api", "openai", "--requests", "2", "--max-tokens", "8"]
+    arguments += ["--prompt-tokens", "32", "--warm-up", "1", "--out", "out", *more]
+    done = CliRunner().invoke(cli.app, arguments)
+    assert done.exit_code == 6, done.output
+    return [*arguments, "--resume"]
 
-    def row(key: str, boundary: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        return measure() if key.endswith("1") else missing(INTERRUPTED)
 
-    figures = server.run(server.Server(fake.url, "openai"), FEW, row=row)
-    assert figures["interrupted"] is True
-    assert errors(figures) == [INTERRUPTED]
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        ({"id": "b", "meta": {"size": 7}}, 'model was "a", and is "b" now'),
+        ({"id": "a", "meta": {"size": 8}}, "weights bytes was 7, and is 8 now"),
+        ({"id": "a", "meta": {"size": 7}, "owned_by": "vllm"}, 'engine was null, and is "vLLM of unknown version" now'),
+        ({"id": "a", "meta": {"size": 7}, "refuses": "ignore_eos"}, 'refused was [], and is ["ignore_eos"] now'),
+    ],
+)
+def test_requests_of_two_servers_are_no_run(serve, tmp_path, monkeypatch, now, said):
+    monkeypatch.chdir(tmp_path)
+    listed: dict[str, Any] = {"id": "a", "meta": {"size": 7}}
+    answers = iter([stream(plain()), stream(plain()), whole({"error": "no"}, "500 Oops")])
+
+    def answer(request: Request) -> Pieces:
+        if request.method == "POST":
+            refused = listed.get("refuses") in request.body
+            return whole({"error": "no"}, "400 Bad Request") if refused else next(answers, stream(plain()))
+        return whole({"data": [listed]}) if request.path == "/v1/models" else whole({}, "404 Not Found")
+
+    resume = interrupted_run(serve(answer))
+    listed |= now
+    done = CliRunner().invoke(cli.app, resume)
+    assert done.exit_code == 2, done.output
+    assert f"out/rows.jsonl: cannot be resumed: {said}" in done.stderr
+
+
+def test_a_run_goes_on_with_another_limit_of_time(serve, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    answers = iter([stream(plain()), stream(plain()), stream(*words(3), gap=0.3)])
+    resume = interrupted_run(serve(openai(lambda request: next(answers, stream(plain())))), "--timeout", "0.5")
+    done = CliRunner().invoke(cli.app, [*resume, "--timeout", "20"])
+    assert done.exit_code == 0, done.output
+    made = json.loads(Path("out/report.json").read_text())
+    assert (made["resumed_rows"], len(made["parts"]["server"]["requests"])) == (1, 2)
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------
@@ -656,7 +848,7 @@ def test_a_row_that_context_did_not_measure_is_an_interruption(serve):
 def test_report_is_whole(serve, tmp_path):
     fake = serve(openai(lambda request: stream(plain())))
     where = server.Server(fake.url, "openai")
-    made = server.report(where, FEW, server.run(where, FEW), "edgellm bench server")
+    made = server.report(where, FEW, ask(where, FEW), "edgellm bench server")
     (tmp_path / "report.json").write_text(json.dumps(made, allow_nan=False))
     assert report.load(tmp_path / "report.json") == made
     assert schema.faults(made) == []

@@ -33,7 +33,7 @@ def main(url: str, name: str, what: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=_serve, args=(listener, url, exchanges), daemon=True).start()
         here = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.run(server.Server(here, "openai"), PLAN, print)
+        server.run(server.Client(server.Server(here, "openai"), PLAN, print), print)
     made_by = f"python -m tests.data.server.record {url} {name} {what!r}"
     text = json.dumps({"server": what, "made_by": made_by, "exchanges": exchanges}, indent=1) + "\n"
     text = re.sub(r'\[\n\s+([\d.]+),\n\s+(".*")\n\s+\]', r"[\1, \2]", text)  # a piece on one line
