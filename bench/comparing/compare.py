@@ -4,15 +4,18 @@
     print(markdown(comparison)); sys.exit(comparison.exit_code)
 
 The first path is the baseline; each other one is compared with it alone. Files of other engines are read too
-(:mod:`.imports`). Rows are the same quantity if their `match` is (:mod:`.rows`), their verdict is :mod:`.verdict`'s.
+(:mod:`.imports`). Rows are the same quantity if their `match` is (:mod:`.rows`); of several rows of one `match` in a
+file, the `options` by which those of either file differ tell which belong together. The verdict is :mod:`.verdict`'s.
 What a reader must know comes first: where the environments differ, then what cannot be compared, then the rows.
 
-**Boundaries**: a ratio of times that do not hold the same work (a kernel, an engine, a client with its network) is
-refused; `force` computes it, marks it, and keeps it out of every mean and of `fail`. Weight bits, KV type and batch may
-differ: they are shown.
+**Boundaries**: a ratio of times that do not hold the same work (a kernel, an engine, a client with its network; or
+requests of other lengths) is refused; `force` computes it, marks it, and keeps it out of every mean and of `fail`.
+Weight bits, KV type and batch may differ: they are shown.
 
 **fail**: ``METRIC:PERCENT%``, for example ``median:5%``. The comparison fails where a row that is no yardstick is
-SLOWER and its cost has grown by more than that; and where a row that the baseline measured has a wrong result now.
+SLOWER and its cost has grown by more than that; where a row that the baseline measured has a wrong result now, or is
+missing because its part failed; and where the run has wrong results, or its decoder was not checked, unlike the
+baseline's.
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ from ..reporting import report
 from ..reporting.layout import warnings
 from . import imports, verdict
 from .comparison_text import markdown, terminal
-from .rows import METRICS, YARDSTICKS, Row, rows_of
+from .rows import METRICS, WORK, YARDSTICKS, Row, rows_of
+
+EXIT_DONE, EXIT_REGRESSION = 0, 1
 
 __all__ = ["Comparison", "compare", "markdown", "parse_fail", "terminal", "to_json"]
 
@@ -60,6 +65,8 @@ class Source:
         kind: which program wrote it, see :mod:`.imports`.
         environment: what it says about itself: name -> text.
         warnings: what must be known before any figure.
+        failures: one line for each result that was wrong.
+        errors: part that failed, or "PART/ROW" of a row -> why.
     """
 
     path: Path
@@ -67,22 +74,29 @@ class Source:
     rows: list[Row]
     environment: dict[str, str]
     warnings: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    errors: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Judged:
-    """Two rows of the same quantity and their ratio, by `metric`; `forced`: across boundaries.
+    """Two rows of the same quantity and their ratio, by `metric`.
 
-    `facts`: those that differ, name -> the old and the new one. `fails`: by the rule of the comparison.
+    Attributes:
+        forced: why the ratio would be refused; empty where it would not.
+        facts: those that differ, name -> the old and the new one.
+        fails: by the rule of the comparison.
+        undecided: the cost has grown by more than the rule allows, but is not known to have.
     """
 
     old: Row
     new: Row
     metric: str
     ratio: verdict.Ratio
-    forced: bool
+    forced: str
     facts: dict[str, tuple[Any, Any]]
     fails: bool
+    undecided: bool
 
     @property
     def counts(self) -> bool:
@@ -117,6 +131,7 @@ class Against:
         differences: what differs between the environments: (name, old, new), None where one file does not tell.
         refused: rows of both files that are not compared.
         only_old, only_new: rows of one file only.
+        broken: a line for each thing that went wrong in the new run, and not in the baseline's.
         groups: group -> its rows, the worst first; the group with the worst row first, yardsticks last.
         mean: of all rows that count; None if there are none. `means`: of each group.
     """
@@ -126,6 +141,7 @@ class Against:
     refused: list[Refused]
     only_old: list[Row]
     only_new: list[Row]
+    broken: list[str]
     groups: dict[str, list[Judged]]
     mean: Mean | None
     means: dict[str, Mean]
@@ -136,9 +152,14 @@ class Against:
 
     @property
     def failed(self) -> list[str]:
-        """Names of the rows for which the comparison fails."""
+        """For what the comparison fails: names of rows, and what is broken."""
         wrong = [f"{r.old.group}: {r.old.name} (wrong result)" for r in self.refused if r.wrong]
-        return [f"{row.old.group}: {row.old.name}" for row in self.judged if row.fails] + wrong
+        return [f"{row.old.group}: {row.old.name}" for row in self.judged if row.fails] + wrong + self.broken
+
+    @property
+    def undecided(self) -> list[Judged]:
+        """Rows over the limit of the rule that do not fail."""
+        return [row for row in self.judged if row.undecided]
 
     def counts(self, pace: str | None = None) -> Counter[str]:
         """How many rows have which verdict: those that count, of one pace if that is given."""
@@ -157,8 +178,9 @@ class Comparison:
 
     @property
     def exit_code(self) -> int:
-        """1 if there is a rule and a row fails it, else 0."""
-        return int(self.fail is not None and any(against.failed for against in self.others))
+        """:data:`EXIT_REGRESSION` if there is a rule and something fails it."""
+        failed = self.fail is not None and any(against.failed for against in self.others)
+        return EXIT_REGRESSION if failed else EXIT_DONE
 
 
 def compare(
@@ -181,7 +203,7 @@ def compare(
         ArgumentValueError: fewer than two paths, an unknown metric, a margin that is none; FailRuleError, which is one:
             `fail` is no rule.
         ReportError, ImportFileError: a file cannot be read, or is no result that is known.
-        CompareError: no row of a file is in the baseline.
+        CompareError: no row of a file is in the baseline, or a file has rows that nothing tells apart.
     """
     rule = parse_fail(fail) if fail is not None else None
     if rule and metric not in (None, rule.metric):
@@ -227,14 +249,19 @@ def read(path: Path) -> Source:
     if path.is_dir():
         path = path / "report.json"
     value = imports.read_json(path)
-    if imports.kind_of(value) != imports.EDGELLM:
-        other = imports.imported(value, path)
-        return Source(path, other.kind, other.rows, other.environment)
-    ours = report.load(path)
+    kind = imports.kind_of(value)
     try:
-        return Source(path, imports.EDGELLM, rows_of(ours), environment(ours), warnings(ours))
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise report.ReportError(f"{path}: not as this program writes it: {type(e).__name__} {e}") from e
+        if kind != imports.EDGELLM:
+            other = imports.imported(value, path)
+            return Source(path, other.kind, other.rows, other.environment)
+        ours = report.checked(value, path)
+        errors = {key: error["reason"] for key, error in ours["errors"].items()}
+        return Source(path, kind, rows_of(ours), environment(ours), warnings(ours), ours["failures"], errors)
+    except EdgeLLMError:
+        raise
+    except report.MALFORMED as e:
+        error = report.ReportError if kind == imports.EDGELLM else imports.ImportFileError
+        raise error(f"{path}: not as {kind} writes it: {type(e).__name__} {e}") from e
 
 
 def environment(report: dict[str, Any]) -> dict[str, str]:
@@ -310,20 +337,13 @@ def _text(value: Any) -> str:
 def _against(
     old: Source, new: Source, rule: Fail | None, metric: str | None, margin: float | None, force: bool
 ) -> Against:
-    by_match: dict[str, dict[str, Row]] = {}
-    for row in new.rows:
-        by_match.setdefault(row.match, {})[row.boundary] = row
-    bounds = {(row.match, row.boundary) for row in old.rows}
+    partners = _partners(old, new)
     judged: list[Judged] = []
     refused: list[Refused] = []
     only_old: list[Row] = []
     used: set[int] = set()
     for row in old.rows:
-        candidates = by_match.get(row.match, {})
-        # Across boundaries only what has no partner of its own.
-        other = candidates.get(row.boundary) or next(
-            (c for boundary, c in candidates.items() if (row.match, boundary) not in bounds), None
-        )
+        other = partners.get(id(row))
         if other is None:
             only_old.append(row)
             continue
@@ -346,10 +366,76 @@ def _against(
         refused,
         only_old,
         [row for row in new.rows if id(row) not in used],
+        _broken(old, new, [*only_old, *(pair.old for pair in refused if pair.new.value is None and not pair.wrong)]),
         groups,
         _mean(judged),
         means,
     )
+
+
+def _partners(old: Source, new: Source) -> dict[int, Row]:
+    """`id` of a row of `old` -> the row of `new` that is the same quantity.
+
+    Raises:
+        CompareError: rows of one file that nothing tells apart, where the other file has the quantity too.
+    """
+    found = {}
+    news = _by_match(new)
+    for match, mine in _by_match(old).items():
+        others = news.get(match, [])
+        keys = [*_telling(mine), *_telling(others)] if others else []
+        there = _identified(new, others, keys)
+        here = _identified(old, mine, keys) if others else {}
+        for (boundary, settings), row in here.items():
+            # Across boundaries only what has no partner of its own.
+            other = there.get((boundary, settings)) or next(
+                (each for of, each in there.items() if of[1] == settings and of not in here), None
+            )
+            if other is not None:
+                found[id(row)] = other
+    return found
+
+
+def _by_match(source: Source) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in source.rows:
+        found.setdefault(row.match, []).append(row)
+    return found
+
+
+def _telling(rows: Sequence[Row]) -> list[str]:
+    """The options by which rows of one file differ."""
+    keys = dict.fromkeys(key for row in rows for key in row.options)
+    return [key for key in keys if len({row.options.get(key) for row in rows}) > 1]
+
+
+_Identity = tuple[str, tuple[str | None, ...]]
+
+
+def _identified(source: Source, rows: Sequence[Row], keys: Sequence[str]) -> dict[_Identity, Row]:
+    """Boundary and values of the options `keys` -> the row."""
+    found: dict[_Identity, Row] = {}
+    for row in rows:
+        twin = found.setdefault((row.boundary, tuple(row.options.get(key) for key in keys)), row)
+        if twin is not row:
+            raise CompareError(
+                f"{source.path}: has {row.group}: {row.name} more than once, expected one, or options that differ"
+            )
+    return found
+
+
+def _broken(old: Source, new: Source, lost: Iterable[Row]) -> list[str]:
+    """`lost`: rows of the old run that have no figure in the new one."""
+    found = [] if old.failures else [f"wrong result: {failure}" for failure in new.failures]
+    check = "decoder_check"
+    if not found and check in new.errors and check not in old.errors:
+        found.append(f"{check}: {new.errors[check]}")
+    counts = Counter(row.part for row in lost if row.value is not None and not row.yardstick)
+    for part, count in counts.items():
+        reasons = [reason for key, reason in new.errors.items() if key.partition("/")[0] == part]
+        if reasons:
+            found.append(f"{part}: {count} row{'s' * (count > 1)} missing: {reasons[0]}")
+    return found
 
 
 def _some(rows: Sequence[Row]) -> str:
@@ -359,15 +445,16 @@ def _some(rows: Sequence[Row]) -> str:
 def _pair(
     old: Row, new: Row, rule: Fail | None, metric: str | None, margin: float | None, force: bool
 ) -> Judged | Refused:
-    forced = old.boundary != new.boundary
+    forced = _other_work(old, new)
     if forced and not force:
-        return Refused(old, new, f"boundary {old.boundary} against {new.boundary}")
+        return Refused(old, new, forced)
     chosen = metric or verdict.default_metric(old, new)
+    if new.value is None and new.wrong and old.value is not None:  # also where the baseline has too few samples
+        return Refused(old, new, f"new: {new.reason}", wrong=True)
     for which, row in (("baseline", old), ("new", new)):
         value = row.figure(chosen)
         if row.value is None:
-            wrong = row is new and new.wrong and not old.wrong
-            return Refused(old, new, f"{which}: {row.reason or 'not measured'}", wrong)
+            return Refused(old, new, f"{which}: {row.reason or 'not measured'}")
         if value is None:
             return Refused(old, new, f"{which}: too few samples for {chosen}")
         if not (value > 0 and math.isfinite(value)):
@@ -380,9 +467,23 @@ def _pair(
         for key in old.facts
         if key in new.facts and old.facts[key] != new.facts[key]
     }
-    fails = rule is not None and not forced and not old.yardstick
-    fails = fails and ratio.verdict == verdict.SLOWER and rule is not None and ratio.value > 1 + rule.by
-    return Judged(old, new, chosen, ratio, forced, facts, fails)
+    over = rule is not None and not forced and not old.yardstick and ratio.value > 1 + rule.by
+    slower = ratio.verdict == verdict.SLOWER
+    return Judged(old, new, chosen, ratio, forced, facts, over and slower, over and not slower)
+
+
+def _other_work(old: Row, new: Row) -> str:
+    """Why the times of two rows do not hold the same work; empty where they do, as far as the files tell."""
+    if old.boundary != new.boundary:
+        return f"boundary {old.boundary} against {new.boundary}"
+    for key in WORK:
+        a, b = old.facts.get(key), new.facts.get(key)
+        if not isinstance(a, (int, float)) or not isinstance(b, (int, float)):
+            continue
+        # Lengths are means in some files: what is closer than two runs of one server are is no other work.
+        if max(a, b) > min(a, b) * (1 + verdict.MARGINS["server"]):
+            return f"{key} {a:g} against {b:g}"
+    return ""
 
 
 def _grouped(judged: Iterable[Judged]) -> dict[str, list[Judged]]:
@@ -426,7 +527,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
             "group": row.old.group,
             "name": row.old.name,
             "boundary": [row.old.boundary, row.new.boundary] if row.forced else row.old.boundary,
-            "forced": row.forced,
+            "forced": bool(row.forced),
             "yardstick": row.old.yardstick,
             "metric": row.metric,
             "unit": row.old.unit,
@@ -440,6 +541,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
             "verdict": row.ratio.verdict,
             "facts": row.facts,
             "fails": row.fails,
+            "undecided": row.undecided,
         }
 
     def against(other: Against) -> dict[str, Any]:

@@ -15,6 +15,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..reporting import document
+from ..reporting.document import Heading, Paragraph
+from ..reporting.markdown import write
 from .verdict import AMBIGUOUS, FASTER, MARGINS, SAME, SLOWER
 
 if TYPE_CHECKING:
@@ -22,7 +25,13 @@ if TYPE_CHECKING:
     from .rows import Row
 
 _COLOURS = {SAME: "", FASTER: "green", SLOWER: "red", AMBIGUOUS: "yellow"}
-_PACES = {"gpu": "paced by the GPU", "host": "paced by the host", "board": "energy", "boards": "energy, of two boards"}
+_PACES = {
+    "gpu": "paced by the GPU",
+    "host": "paced by the host",
+    "server": "of a server",
+    "board": "energy",
+    "boards": "energy, of two boards",
+}
 _MEAN_NOTE = "interval: bootstrap over the rows, 1,000 draws, seeded; yardsticks are left out"
 _COST = "cost is time or energy, for a rate its inverse: + is slower or dearer"
 
@@ -108,30 +117,33 @@ def _markdown(comparison: Comparison, other: Against) -> Iterable[str]:
     old, new = comparison.baseline, other.new
     yield from ("# edgellm compare", "", f"- A: `{old.path}` ({old.kind})", f"- B: `{new.path}` ({new.kind})")
     for name, source in (("A", old), ("B", new)):
-        yield from (f"- **{name}: {_escape(warning)}**" for warning in source.warnings)
-    yield from ("", "## Environment", "")
-    if other.differences:
-        yield from _table(["differs", "A", "B"], [[n, a or "-", b or "-"] for n, a, b in other.differences])
-    else:
-        yield "nothing differs"
+        yield from (f"- **{name}: {_line(warning)}**" for warning in source.warnings)
+    differences = [[name, a or "-", b or "-"] for name, a, b in other.differences]
+    yield from write([Heading(2, "Environment")])
+    yield from write([document.Table(["differs", "A", "B"], differences)]) if differences else ("", "nothing differs")
     for title, found in (
         ("Not compared", _left_out(other, True)),
         ("What differs between compared rows", _facts(other.judged)),
     ):
         if found:
-            yield from ("", f"## {title}", "", *(f"- {_escape(line.strip())}" for line in found))
-    yield from ("", "## Rows", "", f"{_COST}.")
+            yield from (*write([Heading(2, title)]), "", *(f"- {_line(line)}" for line in found))
+    yield from write([Heading(2, "Rows"), Paragraph(f"{_COST}.")])
     for group, rows in other.groups.items():
         unit, titles = _unit(rows)
         lines = [[f"{titles(row)}{_marks(row)}", *_figures(row), _strong(row)] for row in rows]
-        yield from ("", f"### {group}{unit}", "", *_table(["row", "A", "B", "cost", "95 %", "verdict"], lines))
+        yield from write(
+            [Heading(3, f"{group}{unit}"), document.Table(["row", "A", "B", "cost", "95 %", "verdict"], lines)]
+        )
     yield from ("", *(f"- {line}" for line in _counts(other)))
     if other.mean:
         means = [[name, str(m.n), *_mean(m)] for name, m in {"all": other.mean, **other.means}.items()]
-        yield from ("", "## Geometric mean of the costs, B over A", "", *_table(["", "rows", "mean", "95 %"], means))
-        yield from ("", f"{_MEAN_NOTE}.")
+        yield from write([
+            Heading(2, "Geometric mean of the costs, B over A"),
+            document.Table(["", "rows", "mean", "95 %"], means),
+            Paragraph(f"{_MEAN_NOTE}."),
+        ])  # fmt: skip
     for line in _outcome(comparison, other):
-        yield from ("", f"**{_escape(line)}**")
+        yield from write([Paragraph(f"**{line}**")])
 
 
 # ---- shared ---------------------------------------------------------------------------------------------------------
@@ -177,7 +189,7 @@ def _marks(row: Judged) -> str:
     if row.old.throttled or row.new.throttled:
         marks.append("throttled")
     if row.forced:
-        marks.append(f"{row.old.boundary} against {row.new.boundary}")
+        marks.append(row.forced)
     if row.fails:
         marks.append("fails")
     return f" [{', '.join(marks)}]" if marks else ""
@@ -222,22 +234,19 @@ def _counts(other: Against) -> list[str]:
 def _outcome(comparison: Comparison, other: Against) -> list[str]:
     if not comparison.fail:
         return []
-    rule = f"{comparison.fail.metric}:{100 * comparison.fail.by:g}%"
-    if not other.failed:
-        return [f"{rule}: no row fails"]
-    return [f"{rule}: {len(other.failed)} failed: " + "; ".join(other.failed)]
+    limit = f"{100 * comparison.fail.by:g}"
+    rule = f"{comparison.fail.metric}:{limit}%"
+    failed = f"{len(other.failed)} failed: " + "; ".join(other.failed) if other.failed else "no row fails"
+    lines = [f"{rule}: {failed if other.judged or other.failed else 'no row was compared'}"]
+    if undecided := len(other.undecided):
+        rows = "row is" if undecided == 1 else "rows are"
+        lines.append(f"{undecided} {rows} over {limit} %, but no more than two runs of one thing may differ by")
+    return lines
 
 
 def _strong(row: Judged) -> str:
     return row.ratio.verdict if row.ratio.verdict == SAME else f"**{row.ratio.verdict}**"
 
 
-def _table(columns: list[str], rows: list[list[str]]) -> list[str]:
-    def line(cells: list[str]) -> str:
-        return f"| {' | '.join(map(_escape, cells))} |"
-
-    return [line(columns), line(["---"] * len(columns)), *map(line, rows)]
-
-
-def _escape(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+def _line(text: str) -> str:
+    return " ".join(text.split())

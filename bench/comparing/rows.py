@@ -7,7 +7,7 @@ that is made from it are not two. What is derived from other rows (ratios, GB/s,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,9 @@ METRICS = ("median", "mean", "min", "max", "p10", "p90", "p95", "p99")
 
 _FEWEST_FOR_P10 = 50
 """Half of what a report asks for: the fast end of a series has no long tail."""
+
+WORK = ("prompt_tokens", "output_tokens", "concurrency")
+"""Facts that say what a server was asked for. Where they differ, the quantity is another one."""
 
 OPS = {"rmsnorm_ternary_matmul": "rmsnorm+matmul", "ternary_matmul": "matmul"}
 
@@ -41,11 +44,16 @@ class Row:
         samples: in the order in which they were taken; empty where the file has none.
         positional: sample i is the same work in every run of as many samples (token i of a growing context).
         pace: what the quantity depends on, and so how far two runs of the same thing lie apart: ``"gpu"``, which is
-            never waiting for the host, ``"host"`` or ``"board"``, the sensors of power. See :mod:`.verdict`.
+            never waiting for the host, ``"host"``, ``"server"`` or ``"board"``, the sensors of power. See
+            :mod:`.verdict`.
         yardstick: a floor or somebody else's library: what is measured beside our own, in the same run.
-        facts: what has to be known beside the value: weight bits and bytes, KV type, batch, sampling, l2, ...
+        facts: what has to be known beside the value: weight bits and bytes, KV type, batch, sampling, l2, ... Those of
+            :data:`WORK` must not differ.
+        options: of the engine, all by which tests of the same `match` could differ: name -> value, as text. Where a
+            file has several such tests, these tell which belong together.
         wrong: the result was checked and found wrong, so that there is no speed.
         throttled: the GPU held its clocks down meanwhile.
+        part: of the report, whose error is why a row is missing; empty for other engines' files.
     """
 
     group: str
@@ -62,8 +70,10 @@ class Row:
     pace: str = "gpu"
     yardstick: bool = False
     facts: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, str] = field(default_factory=dict)
     wrong: bool = False
     throttled: bool = False
+    part: str = ""
 
     @property
     def better(self) -> str:
@@ -105,30 +115,21 @@ def rows_of(report: Mapping[str, Any]) -> list[Row]:
 
     A figure that a part tried to measure is a row even where it is null; what a backend never measures is not.
     """
-    parts, facts = report["parts"], _facts(report)
-    found = [
-        *_latency(parts.get("latency", {})),
-        *_transfer(parts.get("transfer", {})),
-        *_tokens(parts.get("tokens", {}), facts, report["backend"] == "numpy"),
-        *_scaling(parts.get("scaling", {}), facts),
-        *_power(parts.get("power", {}), facts, _dict_value(_dict(parts.get("hardware")).get("gpu_uuid"))),
-        *_cpu(parts.get("cpu", {}), facts),
-        *_server(parts.get("server", {}), report),
-    ]
+    parts, facts, numpy = report["parts"], _facts(report), report["backend"] == "numpy"
+    shortest = _shortest_prompt_ms(parts)
+    board = _dict_value(_dict(parts.get("hardware")).get("gpu_uuid"))
+    readers: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
+        "latency": _latency,
+        "transfer": _transfer,
+        "tokens": lambda part: _tokens(part, facts, numpy, shortest),
+        "scaling": lambda part: _scaling(part, facts, numpy, shortest),
+        "power": lambda part: _power(part, facts, board),
+        "cpu": lambda part: _cpu(part, facts),
+        "server": _server,
+    }
+    found = [replace(row, part=name) for name, rows in readers.items() for row in rows(parts.get(name, {}))]
     unmeasurable = {report["no_gpu"]}  # on NumPy: no row, rather than hundreds without a value
     return [row for row in found if row.value is not None or row.reason not in unmeasurable]
-
-
-def distinct(rows: Iterable[Row]) -> list[Row]:
-    """The rows; a name that an earlier one of the group has gets a number, in `match` too."""
-    seen: dict[tuple[str, str], int] = {}
-    found = []
-    for row in rows:
-        key = (row.match, row.boundary)
-        seen[key] = seen.get(key, 0) + 1
-        number = f" ({seen[key]})" if seen[key] > 1 else ""
-        found.append(replace(row, name=row.name + number, match=row.match + number) if number else row)
-    return found
 
 
 # ---- one figure -----------------------------------------------------------------------------------------------------
@@ -274,7 +275,26 @@ def _transfer(part: dict[str, Any]) -> Iterator[Row]:
                       throttled=_throttled(copy.get("conditions")))  # fmt: skip
 
 
-def _tokens(part: dict[str, Any], facts: dict[str, Any], numpy: bool) -> Iterator[Row]:
+def _shortest_prompt_ms(parts: Mapping[str, Any]) -> float | None:
+    """Of the prompts of a report; None if it has none."""
+    prompts = [entry for name in ("tokens", "scaling") for entry in _list(_dict(parts.get(name)).get("prompts"))]
+    known = [ms for entry in prompts if (ms := _dict_value(_dict(entry["latency"]).get("median"))) is not None]
+    return min(known, default=None)
+
+
+def _prompt(entry: dict[str, Any], numpy: bool, shortest: float | None) -> dict[str, Any]:
+    """What the row of a prompt needs, beside its names.
+
+    A prompt is timed by the host's clock while the host launches kernel by kernel, as many kernels whatever its length.
+    So its pace is the host's, unless it takes twice as long as the shortest of the report: the launches took at most
+    the whole of that one, and so end long before the GPU does.
+    """
+    ms = _dict_value(_dict(entry["latency"]).get("median"))
+    on_gpu = not numpy and None not in (ms, shortest) and ms > 2 * shortest  # type: ignore[operator]
+    return {"per": 1e3 * entry["tokens"], "rate": entry.get("tok_s"), "pace": "gpu" if on_gpu else "host"}
+
+
+def _tokens(part: dict[str, Any], facts: dict[str, Any], numpy: bool, shortest: float | None) -> Iterator[Row]:
     def figure(value: Any, name: str, match: str | None = None, entry: Any = None, **detail: Any) -> Row:
         throttled = _throttled(part.get("conditions"), _dict(entry).get("conditions"))
         detail["facts"] = facts | detail.pop("facts", {})
@@ -286,7 +306,7 @@ def _tokens(part: dict[str, Any], facts: dict[str, Any], numpy: bool) -> Iterato
         yield figure(first, name, pace="host", entry=first)
     for entry in _list(part.get("prompts")):
         name = f"pp{entry['tokens']}"
-        yield figure(entry["latency"], name, name, entry, per=1e3 * entry["tokens"], rate=entry.get("tok_s"))
+        yield figure(entry["latency"], name, name, entry, **_prompt(entry, numpy, shortest))
     if "throughput_tok_s" in part:
         rate = part["throughput_tok_s"]
         name = f"tg{rate.get('run_tokens', part.get('plan', {}).get('run_tokens', ''))}"
@@ -320,23 +340,22 @@ def tg_at_depth(tokens: int, depth: int) -> tuple[str, str]:
     return (f"tg{tokens} @ d{depth}", f"tg @ d{depth}") if depth else (f"tg{tokens}", f"tg{tokens}")
 
 
-def _scaling(part: dict[str, Any], facts: dict[str, Any]) -> Iterator[Row]:
+def _scaling(part: dict[str, Any], facts: dict[str, Any], numpy: bool, shortest: float | None) -> Iterator[Row]:
+    def detail(entry: dict[str, Any]) -> dict[str, Any]:
+        throttled = _throttled(part.get("conditions"), entry.get("conditions"))
+        return {"facts": facts | {"synthetic": entry["synthetic"]}, "throttled": throttled}
+
     for entry in _list(part.get("rows")):
         latency = entry["latency"]
         name, match = tg_at_depth(latency.get("n", 0), entry["context"])
         yield row(
             latency, "depth", name, "engine", match, per=1e3, rate=entry.get("tok_s"), positional=True,
-            facts=facts | {"synthetic": entry["synthetic"]},
-            throttled=_throttled(part.get("conditions"), entry.get("conditions")),
+            pace="host" if numpy else "gpu", **detail(entry),
         )  # fmt: skip
 
     for entry in _list(part.get("prompts")):
         name = f"pp{entry['tokens']} @ d{entry['context']}"
-        yield row(
-            entry["latency"], "depth", name, "engine", name, per=1e3 * entry["tokens"], rate=entry.get("tok_s"),
-            facts=facts | {"synthetic": entry["synthetic"]},
-            throttled=_throttled(part.get("conditions"), entry.get("conditions")),
-        )  # fmt: skip
+        yield row(entry["latency"], "depth", name, "engine", name, **_prompt(entry, numpy, shortest), **detail(entry))
 
 
 def _power(part: dict[str, Any], facts: dict[str, Any], board: str | None) -> Iterator[Row]:
@@ -374,38 +393,56 @@ def _cpu(part: dict[str, Any], facts: dict[str, Any]) -> Iterator[Row]:
     if "cpu_time_per_token_ms" in part:
         total = row(part["cpu_time_per_token_ms"], "cpu", "CPU time a token", "engine", pace="host", facts=facts)
         # Of the whole loop, so without samples; how much it varied is seen from the load in windows of the loop.
-        load = part.get("windows_pct") or []
-        limits = statistics.median_interval(load)
-        if total.value is not None and limits and (middle := float(np.median(load))) > 0:
-            total = replace(total, interval=(total.value * limits[0] / middle, total.value * limits[1] / middle))
-        yield total
+        yield _scaled(total, part.get("windows_pct") or [])
 
 
-def _server(part: dict[str, Any], report: Mapping[str, Any]) -> Iterator[Row]:
+def _server(part: dict[str, Any]) -> Iterator[Row]:
     """Of :mod:`..serving.server`: each row has its own boundary."""
-    weights = _dict(part.get("weights"))
+    weights, plan = _dict(part.get("weights")), _dict(part.get("plan"))
     facts = {
         "model": part.get("model"),
         "weight_bytes": _dict_value(weights.get("bytes")),
         "quantisation": _dict_value(weights.get("quantisation")),
-        "concurrency": _dict(part.get("plan")).get("concurrency"),
+        "prompt_tokens": plan.get("prompt_tokens"),
+        "output_tokens": plan.get("max_tokens"),
+        "concurrency": plan.get("concurrency"),
     }
-    facts = {key: value for key, value in facts.items() if value is not None}
+    about: dict[str, Any] = {"facts": {key: value for key, value in facts.items() if value is not None}}
+    about["pace"] = "server"
     for entry in _list(part.get("rows")):
         name, boundary = entry["name"], entry["boundary"]
         if name.startswith("tg"):
-            yield row(entry["latency"], "server", name, boundary, name, per=1e3, rate=entry["tok_s"], pace="host",
-                      facts=facts)  # fmt: skip
+            yield row(entry["latency"], "server", name, boundary, name, per=1e3, rate=entry["tok_s"], **about)
         elif boundary == "server":  # the client's is its time to the first token, which is a row below
-            yield row(entry["tok_s"], "server", name, boundary, name, metric="rate", pace="host", facts=facts)
+            yield row(entry["tok_s"], "server", name, boundary, name, metric="rate", **about)
     boundary = part.get("boundary", "client")
     for key, name in (("time_to_first_token", "ttft"), ("inter_token", "inter-token latency")):
         if key in part:
-            yield row(part[key], "server", name, boundary, f"client {name}", pace="host", facts=facts)
+            yield row(part[key], "server", name, boundary, f"client {name}", **about)
     output = _dict(part.get("throughput")).get("output_tok_s")
     if output:
-        yield row(output, "server", "output throughput", boundary, "client output throughput", metric="rate",
-                  pace="host", facts=facts)  # fmt: skip
+        name = "output throughput"
+        total = row(output, "server", name, boundary, f"client {name}", metric="rate", **about)
+        yield _as_the_requests(total, _list(part.get("requests")))
+
+
+def _as_the_requests(total: Row, lines: list[dict[str, Any]]) -> Row:
+    """The rate of all requests together, with the interval of the median request's own rate."""
+    rates = []
+    for line in lines:
+        tokens = _dict_value(line.get("completion_tokens"))
+        ms = [_dict_value(line.get(key)) for key in ("first_token_ms", "first_to_last_ms")]
+        if tokens and None not in ms and sum(ms) > 0:
+            rates.append(1e3 * tokens / sum(ms))
+    return _scaled(total, rates)
+
+
+def _scaled(total: Row, pieces: Sequence[float]) -> Row:
+    """A row without samples, whose relative interval is that of the median of `pieces` of the same loop."""
+    limits = statistics.median_interval(pieces)
+    if total.value is None or not limits or (middle := float(np.median(pieces))) <= 0:
+        return total
+    return replace(total, interval=(total.value * limits[0] / middle, total.value * limits[1] / middle))
 
 
 def _dict_value(figure: Any) -> Any:

@@ -16,10 +16,10 @@ From 2 to 5 samples: Student's t of their logarithms. Without samples: the inter
 unknown, and taken to be twice the margin. A metric other than the median: bootstrap of moving blocks, seeded.
 
 **What two runs of the same thing differ by** is more than their intervals say: clocks, the placement of memory, the
-state of the host. It is a margin of its own, and depends on what sets the row's pace (:data:`MARGINS`, from reports of
-one H200). A row that should not wait for the host, but whose single samples scatter by more than its margin
-(interquartile range), does. Where samples scatter, so do the medians of runs: their margin is at least that range.
-Interval and margin are independent errors: their squares add.
+state of the host. It is a margin of its own, and depends on what sets the row's pace (:data:`MARGINS`), which the row
+declares: scatter does not change it, or a change that adds scatter would hide itself. But where single samples scatter,
+so do the medians of runs: what two runs differ by is then at least the interquartile range. Interval and margin are
+independent errors: their squares add.
 
 **What the host paces** is compared by the fastest tenth of its samples (:data:`METRIC_OF_PACE`), if there are enough:
 other work on the host only ever adds time, to a tenth of the calls in one run and to half of them in the next.
@@ -27,8 +27,9 @@ other work on the host only ever adds time, to a tenth of the calls in one run a
 **The verdict**, with `total` the half-width of both together and `margin` that of :data:`MARGINS`:
 
     SLOWER, FASTER      the ratio lies beyond `total`: the difference is real
-    SAME                ratio and `total` together stay within twice the `margin`: there is no difference that large;
-                        of what the host paces the interval is also no wider than half the `margin`, which is wide
+    SAME                ratio and `total` together stay within twice the `margin`: the ratio lies within the `margin`,
+                        and there is no difference twice as large; of what the host or a server paces the interval is
+                        also no wider than half the `margin`, which is wide
     AMBIGUOUS           neither: measured too coarsely, or a small difference
 """
 
@@ -45,16 +46,20 @@ from .rows import Row
 
 SAME, FASTER, SLOWER, AMBIGUOUS = "SAME", "FASTER", "SLOWER", "AMBIGUOUS"
 
-MARGINS = {"gpu": 0.025, "host": 0.40, "board": 0.05, "boards": 0.10}
+MARGINS = {"gpu": 0.025, "host": 0.40, "server": 0.10, "board": 0.05, "boards": 0.10}
 """By :func:`pace_of`: half the width of the range of 95 % of the ratios between two runs of the same thing.
 
 From two pairs of runs of one command, each on one H200 of a virtual machine (one of them in bench/results/h200). What
 the GPU paces differed by 0.2 and 0.5 % (root mean square, at most 1.8 %), energy by 0.2 and 2.5 %, and what the host
 paces by 9 and 23 %: its speed changed from minute to minute. Sensors of two boards differ by up to 10 %, as their maker
 says.
+
+`server`: from ten runs of `edgellm bench server` (20 requests of 64 tokens) against llama-cpp-python's server on two
+cores that other programs used too: of the 45 pairs 95 % differed by at most 9 %, in tokens/s and in the time to the
+first token. Of 18 more runs, while others took both cores, some took up to 2.7 times as long: no margin covers that.
 """
 
-METRIC_OF_PACE = {"gpu": "median", "host": "p10", "board": "median", "boards": "median"}
+METRIC_OF_PACE = {"gpu": "median", "host": "p10", "server": "median", "board": "median", "boards": "median"}
 """What is compared unless a metric is asked for; the median where a file has too few samples for it."""
 
 BATCHES = 16
@@ -71,7 +76,7 @@ class Ratio:
     Attributes:
         value: above 1: slower.
         interval: 95 %, of these two runs alone; None where it is unknown.
-        pace: what sets it: ``"gpu"``, ``"host"``, ``"board"`` or ``"boards"``, see :func:`pace_of`.
+        pace: what sets it: ``"gpu"``, ``"host"``, ``"server"``, ``"board"`` or ``"boards"``, see :func:`pace_of`.
         margin: of that pace.
         total: half-width, as a logarithm, of interval and margin together, on the lower and on the upper side.
         verdict: one of SAME, FASTER, SLOWER, AMBIGUOUS.
@@ -106,7 +111,7 @@ def ratio(old: Row, new: Row, metric: str = "median", margin: float | None = Non
     between = max(allowed, _scatter(old, new) if metric == "median" else 0.0)
     total = math.hypot(below, between), math.hypot(above, between)
     verdict = _verdict(value, total, allowed)
-    if verdict == SAME and pace == "host" and above + below > allowed / 2:
+    if verdict == SAME and pace in ("host", "server") and above + below > allowed / 2:
         verdict = AMBIGUOUS
     if (verdict == SLOWER and new.throttled) or (verdict == FASTER and old.throttled):
         verdict = AMBIGUOUS
@@ -115,16 +120,14 @@ def ratio(old: Row, new: Row, metric: str = "median", margin: float | None = Non
 
 
 def pace_of(old: Row, new: Row) -> str:
-    """What sets the pace of two rows of one quantity: ``"gpu"`` if both say so and neither scatters like a host's.
+    """What sets the pace of two rows of one quantity: the less steady one of what they declare.
 
     Energy: ``"board"`` if both are of one board, else ``"boards"``.
     """
     if "board" in (old.pace, new.pace):
         boards = {row.facts.get("board") for row in (old, new)}
         return "board" if len(boards) == 1 and None not in boards else "boards"
-    if "host" in (old.pace, new.pace):
-        return "host"
-    return "host" if _scatter(old, new) > math.log1p(MARGINS["gpu"]) else "gpu"
+    return max(old.pace, new.pace, key=MARGINS.__getitem__)
 
 
 def default_metric(old: Row, new: Row) -> str:

@@ -137,7 +137,7 @@ def _to_1_3(report: Report) -> None:
 _STEPS: dict[str, Callable[[Report], None]] = {"1.1.0": _to_1_1, "1.2.0": _to_1_2, "1.3.0": _to_1_3}
 
 NEWEST = list(_STEPS)[-1]
-"""The layout that :func:`upgrade` makes."""
+"""The layout that :func:`upgrade` makes, and that reports are written in."""
 
 
 def _not_before(version: str, unit: str | None = None) -> Metric:

@@ -21,7 +21,7 @@ from typing import Any, NoReturn, TextIO
 
 from ..errors import EdgeLLMError, GpuUnavailableError
 
-EXIT_REGRESSION, EXIT_USAGE, EXIT_NO_GPU, EXIT_WRONG_RESULT, EXIT_UNSTABLE = 1, 2, 3, 4, 5
+EXIT_USAGE, EXIT_NO_GPU, EXIT_WRONG_RESULT, EXIT_UNSTABLE = 2, 3, 4, 5  # 1: see bench.comparing.compare
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143  # 128 and the signal's number, as shells have it
 
 WIDTH = 80

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,31 @@ def test_compare_ends_with_1_for_a_regression_only_when_told_to(tmp_path):
     assert "| " in (tmp_path / "new" / "compared.md").read_text()
     same_rows = len(invoke(*arguments).stdout.splitlines())
     assert len(invoke(*arguments, "--all").stdout.splitlines()) >= same_rows
+
+
+def test_compare_writes_markdown_behind_a_link_and_into_a_pipe(tmp_path):
+    arguments = ["compare", str(MEASURED), str(MEASURED), "--md"]
+    real, link = tmp_path / "there" / "real.md", tmp_path / "link.md"
+    link.symlink_to(real)  # which is not there yet
+    for _ in range(2):
+        assert invoke(*arguments, str(link)).exit_code == 0
+        assert link.is_symlink()
+        assert real.read_text().startswith("# edgellm compare")
+        assert [path.name for path in real.parent.iterdir()] == ["real.md"]
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
+    reader.start()
+    assert invoke(*arguments, str(pipe)).exit_code == 0
+    assert pipe.is_fifo()
+    reader.join(10)
+    assert read == [real.read_text()]
+    circle = tmp_path / "circle"
+    circle.symlink_to(circle)
+    done = invoke(*arguments, str(circle))
+    assert done.exit_code == 2
+    assert f"error: {circle}: cannot be written: " in done.stderr
 
 
 @pytest.mark.parametrize(

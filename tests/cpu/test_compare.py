@@ -6,6 +6,8 @@ import copy
 import io
 import json
 import math
+import os
+import threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -175,20 +177,32 @@ def test_the_margin_depends_on_the_pace_and_can_be_given():
     assert verdict.ratio(old, new, margin=0.055).verdict == SLOWER
 
 
-def test_a_row_that_scatters_is_paced_by_the_host():
+def test_scatter_does_not_change_the_pace():
     rng = np.random.default_rng(10)
     steady, shaky = run(rng, n=200), run(rng, n=200, noise=0.05)
-    assert verdict.pace_of(steady, steady) == "gpu"
-    assert verdict.pace_of(steady, shaky) == "host"
-    assert verdict.default_metric(steady, shaky) == "p10"
+    assert verdict.pace_of(steady, shaky) == "gpu"
+    assert verdict.pace_of(steady, replace(steady, pace="host")) == "host"
+    assert verdict.pace_of(replace(steady, pace="server"), steady) == "server"
     one, other = (replace(shaky, pace="board", facts={"board": uuid}) for uuid in ("GPU-1", "GPU-2"))
     assert verdict.pace_of(one, one) == "board"
     assert verdict.pace_of(one, other) == verdict.pace_of(one, replace(one, facts={})) == "boards"
     # What differs between the positions of a run is the work, where both runs have it.
     pattern = np.tile([1.0, 1.2, 0.9, 1.1], 50)
     same = [run(rng, n=200, trend=pattern, positional=True) for _ in range(2)]
-    assert verdict.pace_of(*same) == "gpu"
     assert verdict.ratio(*same).verdict == SAME
+
+
+@pytest.mark.parametrize("noise", [0.001, 0.02, 0.05, 0.2])
+@pytest.mark.parametrize("n", [5, 60])
+def test_a_slowdown_does_not_hide_behind_the_scatter_it_adds(n, noise):
+    rng = np.random.default_rng(11)
+    found = Counter(
+        verdict.ratio(run(rng, n=n, noise=0.001, alike=0.0), run(rng, 1.3, n=n, noise=noise, alike=0.0)).verdict
+        for _ in range(100)
+    )
+    assert not found[SAME]
+    if noise < 0.1:
+        assert found[SLOWER] >= 90
 
 
 def test_throttling_is_no_regression():
@@ -307,6 +321,17 @@ def test_a_part_that_failed_or_did_not_run_has_no_rows(h200):
     assert [row.name for row in rows if row.name.startswith("pp")] == ["pp128", "pp512"]
 
 
+def test_numpy_is_paced_by_the_host():
+    assert {row.pace for row in rows_of(report.load(NUMPY))} == {"host"}
+
+
+def test_a_prompt_is_paced_by_the_host_while_its_launches_take_as_long(h200):
+    paces = {row.name: row.pace for row in rows_of(h200) if row.name.startswith("pp")}
+    assert paces.pop("pp512 @ d16384") == "gpu"
+    assert len(paces) == 5
+    assert set(paces.values()) == {"host"}
+
+
 def test_rows_of_a_server(h200):
     """Its client's and its own clock are two boundaries of one name; see :mod:`edgellm_cupy.bench.serving.server`."""
     latency, unknown = statistics.summarise([8.0, 8.1, 7.9], "ms"), missing("no usage", "ms")
@@ -315,7 +340,7 @@ def test_rows_of_a_server(h200):
         "boundary": "client",
         "model": "some-model",
         "weights": {"bytes": measured(1000, "bytes"), "quantisation": missing("not told")},
-        "plan": {"concurrency": 2},
+        "plan": {"concurrency": 2, "prompt_tokens": 512, "max_tokens": 64},
         "rows": [
             {"name": name, "boundary": boundary, "latency": latency, "tok_s": rate}
             for boundary in ("client", "server")
@@ -324,6 +349,11 @@ def test_rows_of_a_server(h200):
         "time_to_first_token": latency,
         "inter_token": unknown,
         "throughput": {"output_tok_s": measured(200.0, "tok/s")},
+        "requests": [{"error": "no answer"}]
+        + [
+            {"completion_tokens": measured(64), "first_token_ms": measured(50 + i), "first_to_last_ms": measured(450)}
+            for i in range(20)
+        ],
     }
     rows = rows_of({**h200, "parts": {"server": part}})
     found = [(row.name, row.boundary, row.value) for row in rows]
@@ -336,8 +366,13 @@ def test_rows_of_a_server(h200):
         ("output throughput", "client", 200.0),
     ]
     assert rows[0].samples == pytest.approx([1e3 / ms for ms in latency["samples"]])
-    assert rows[0].facts == {"model": "some-model", "weight_bytes": 1000, "concurrency": 2}
+    work = {"prompt_tokens": 512, "output_tokens": 64, "concurrency": 2}
+    assert rows[0].facts == {"model": "some-model", "weight_bytes": 1000, **work}
+    assert {row.pace for row in rows} == {"server"}
     assert rows[4].reason == "no usage"
+    low, high = rows[5].interval
+    assert 190 < low < 200 < high < 210
+    assert high - low == pytest.approx(200 * 9 / 509, rel=0.15)  # the median of 20 lies between the 6th and the 15th
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -398,7 +433,7 @@ def test_fail(h200, tmp_path):
     assert comparison.exit_code == 1
     failed = comparison.others[0].failed
     assert sum(name.startswith("depth: tg256 @ d") for name in failed) == 7
-    assert all(name.startswith(("depth: tg256 @ d", "depth: pp512 @ d")) for name in failed)  # pp: where the GPU paces
+    assert [name for name in failed if "tg256" not in name] == ["depth: pp512 @ d16384"]  # which the GPU paces
     assert f"median:5%: {len(failed)} failed: depth: " in " ".join(shown(comparison).split())
     assert compare([H200, bad], fail="median:10%").exit_code == 0
     assert compare([H200, bad]).exit_code == 0  # without a rule nothing fails
@@ -431,12 +466,70 @@ def test_a_wrong_result_has_no_speed_and_fails(h200, tmp_path):
     assert compare([wrong, H200], fail="median:5%").exit_code == 0  # mended
 
 
+def test_a_wrong_result_fails_by_every_metric(h200, tmp_path):
+    """Also where the baseline has too few samples for the metric."""
+    document = copy.deepcopy(h200)
+    row = document["parts"]["latency"]["products"]["qkv"]["rows"][0]
+    row["kernel"]["cold"] = {"value": None, "unit": "us", "reason": "wrong result: y[3] is 7, expected 1"}
+    comparison = compare([H200, written(tmp_path, "wrong", document)], fail="p99:5%")
+    assert comparison.exit_code == 1
+    assert comparison.others[0].failed == ["kernel cold: qkv rmsnorm+matmul int8 (wrong result)"]
+
+
+def without(document, *parts, **other):
+    return {**document, "parts": {k: v for k, v in document["parts"].items() if k not in parts}, **other}
+
+
+def test_a_wrong_decoder_or_a_part_that_crashed_fails(h200, tmp_path):
+    def outcome(name, *parts, **other):
+        comparison = compare([H200, written(tmp_path, name, without(h200, *parts, **other))], fail="median:5%")
+        assert comparison.exit_code == bool(comparison.others[0].failed)
+        return comparison.others[0].failed
+
+    def error(reason):
+        return {"reason": reason, "traceback": ""}
+
+    decoding = ("tokens", "scaling", "power", "cpu")
+    doubt = {part: error("not measured: a result was wrong") for part in decoding}
+    failed = outcome("wrong", *decoding, failures=["decoder: logits lie 0.7 away"], errors=doubt)
+    assert failed[0] == "wrong result: decoder: logits lie 0.7 away"
+    assert [line.partition(":")[0] for line in failed[1:]] == list(decoding)
+    assert outcome("check", errors={"decoder_check": error("out of memory")}) == ["decoder_check: out of memory"]
+    assert outcome("part", "transfer", errors={"transfer": error("it crashed")}) == [
+        "transfer: 16 rows missing: it crashed"
+    ]
+    tokens = copy.deepcopy(h200["parts"]["tokens"])
+    tokens["batches"] = [{"value": None, "reason": "it crashed"}, *tokens["batches"][1:]]
+    crashed = with_parts(h200, {"tokens": tokens}, errors={"tokens/batch 1": error("it crashed")})
+    comparison = compare([H200, written(tmp_path, "row", crashed)], fail="median:5%")
+    assert comparison.others[0].failed == ["tokens: 1 row missing: it crashed"]
+    assert "1 failed: tokens: 1 row missing: it crashed" in " ".join(shown(comparison).split())
+    assert outcome("not run", "transfer") == []  # left out by whom started it
+    both = written(
+        tmp_path, "both", without(h200, "transfer", failures=["x"], errors={"transfer": error("it crashed")})
+    )
+    assert compare([both, both], fail="median:5%").exit_code == 0  # nothing new
+
+
+def test_rows_over_the_limit_that_are_not_decided_are_counted(h200, tmp_path):
+    worse = written(tmp_path, "worse", slower(h200, 1.08, ["transfer"]))
+    comparison = compare([H200, worse], fail="median:5%")
+    assert comparison.exit_code == 0
+    said = "median:5%: no row fails 16 rows are over 5 %, but no more than two runs of one thing may differ by"
+    assert said in " ".join(shown(comparison).split())
+    assert said.partition(" rows are ")[2] in markdown(comparison)
+    assert sum(row["undecided"] for row in to_json(comparison)["others"][0]["rows"]) == 16
+    assert "are over" not in shown(compare([H200, worse], fail="median:9%"))
+
+
 def test_a_throttled_row_is_marked_and_does_not_fail(h200, tmp_path):
     document = slower(h200, 1.3, ["scaling"])
     document["parts"]["scaling"]["conditions"]["throttled"] = {"value": True}
     comparison = compare([H200, written(tmp_path, "hot", document)], fail="median:5%")
     assert comparison.exit_code == 0
-    assert {row.ratio.verdict for row in comparison.others[0].groups["depth"]} == {AMBIGUOUS}
+    depth = comparison.others[0].groups["depth"]
+    assert {row.ratio.verdict for row in depth if row.ratio.pace == "gpu"} == {AMBIGUOUS}
+    assert not [row for row in depth if row.ratio.verdict == SLOWER]
     assert "throttled" in markdown(comparison)
 
 
@@ -472,6 +565,18 @@ def test_llama_bench_matches_by_name(h200):
     assert tg.ratio.verdict == SLOWER
 
 
+def test_a_server_that_takes_twice_as_long_fails(tmp_path):
+    """Medians alone: no samples, so no interval."""
+    values = json.loads((ENGINES / "vllm-serve.json").read_text())
+    values = {key: value for key, value in values.items() if key not in ("ttfts", "itls")}
+    worse = {key: 2 * value if key.startswith("median") else value for key, value in values.items()}
+    paths = [tmp_path / "fast.json", tmp_path / "slow.json"]
+    for path, of in zip(paths, (values, worse), strict=True):
+        path.write_text(json.dumps(of))
+    comparison = compare(paths, fail="median:5%")
+    assert comparison.others[0].failed == ["server: ttft", "server: tg32", "server: inter-token latency"]
+
+
 def a_client(tmp_path: Path) -> Path:
     """vLLM's client, 128 tokens a request: the same name as an engine's row, another boundary."""
     values = json.loads((ENGINES / "vllm-serve.json").read_text())
@@ -489,6 +594,7 @@ def test_boundaries_are_refused_and_can_be_forced(tmp_path):
     [refused] = other.refused
     assert (refused.old.name, refused.reason) == ("tg128", "boundary engine against client")
     assert "boundary engine against client" in shown(compare(paths))
+    assert "median:1%: no row was compared" in shown(compare(paths, fail="median:1%"))
 
     forced = compare(paths, fail="median:1%", force=True)
     [row] = forced.others[0].judged
@@ -514,6 +620,55 @@ def test_vllm_against_itself(tmp_path):
         [other] = compare([ENGINES / name, ENGINES / name]).others
         assert {row.ratio.value for row in other.judged} == {1.0}
         assert not other.refused
+
+
+def test_requests_of_other_lengths_are_refused_and_can_be_forced(tmp_path):
+    values = json.loads((ENGINES / "vllm-serve.json").read_text())
+    long = tmp_path / "long.json"
+    long.write_text(json.dumps({**values, "total_input_tokens": 2 * values["total_input_tokens"]}))
+    paths = [ENGINES / "vllm-serve.json", long]
+    comparison = compare(paths, fail="median:5%")
+    assert {refused.reason for refused in comparison.others[0].refused} == {"prompt_tokens 512 against 1024"}
+    assert "prompt_tokens 512 against 1024" in " ".join(shown(comparison).split())
+    forced = compare(paths, force=True)
+    assert len(forced.others[0].judged) == 4
+    assert forced.others[0].mean is None
+    long.write_text(json.dumps({**values, "total_input_tokens": values["total_input_tokens"] + values["completed"]}))
+    assert len(compare(paths).others[0].judged) == 4  # a mean that lies one token away
+
+
+# ---- options --------------------------------------------------------------------------------------------------------
+
+
+def benches(path: Path, *options: dict) -> Path:
+    """A file of llama-bench: one test, once for each of `options`, at a speed of its number of threads."""
+    line = (ENGINES / "llama-bench.jsonl").read_text().splitlines()[0]
+    tests = [{**json.loads(line), **changed} for changed in options]
+    for test in tests:
+        test |= {"avg_ts": 10.0 * test["n_threads"], "samples_ts": [10.0 * test["n_threads"]] * 5}
+    path.write_text(json.dumps(tests))
+    return path
+
+
+def test_several_rows_of_one_name_are_told_apart_by_what_differs_in_either_file(tmp_path):
+    eight = benches(tmp_path / "8.json", {"n_threads": 8})
+    sweep = benches(tmp_path / "sweep.json", {"n_threads": 4}, {"n_threads": 8}, {"n_threads": 16})
+    less = benches(tmp_path / "less.json", {"n_threads": 16, "poll": 0}, {"n_threads": 8, "poll": 0})
+    for paths, pairs in (((eight, sweep), 1), ((sweep, eight), 1), ((sweep, less), 2)):
+        [other] = compare(paths).others
+        assert [row.ratio.value for row in other.judged] == [1.0] * pairs
+    one = benches(tmp_path / "one.json", {"n_threads": 4})
+    [row] = compare([one, eight]).others[0].judged  # one test each: the option may be what is compared
+    assert row.ratio.value == pytest.approx(0.5)
+    with pytest.raises(comparing.CompareError, match="has no row that"):
+        compare([one, less])
+
+
+def test_rows_that_nothing_tells_apart_are_refused(tmp_path):
+    twice = benches(tmp_path / "twice.json", {}, {})
+    for paths in ((twice, ENGINES / "llama-bench.json"), (ENGINES / "llama-bench.json", twice)):
+        with pytest.raises(comparing.CompareError, match=r"twice\.json: has tokens: tg128 more than once"):
+            compare(paths)
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
@@ -558,6 +713,33 @@ def test_wrong_arguments(tmp_path):
     newer = written(tmp_path, "newer", {**json.loads(H200.read_text()), "schema_version": "2.0.0"})
     with pytest.raises(report.ReportError, match=r"2\.0\.0"):
         compare([H200, newer])
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda tokens: tokens["prompts"][0].update(tok_s=missing("none")) or tokens["prompts"][0]["latency"][
+            "median"].update(value=0.0, ci95=[1.0, 0.0]),
+        lambda tokens: tokens["throughput_tok_s"].update(ci95=[1.0]),
+        lambda tokens: tokens["token_latency"].update(samples=["x"]),
+        lambda tokens: tokens.update(batches=[{}]),
+    ],
+    ids=["a median of zero", "an interval of one end", "samples of text", "a row without keys"],
+)  # fmt: skip
+def test_a_spoilt_report_is_one_line(h200, tmp_path, spoil):
+    document = copy.deepcopy(h200)
+    spoil(document["parts"]["tokens"])
+    with pytest.raises(report.ReportError, match=r"spoilt/report\.json: not as edgellm writes it: \w+Error") as error:
+        compare([H200, written(tmp_path, "spoilt", document)])
+    assert "\n" not in str(error.value)
+
+
+def test_a_report_is_read_once(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_text(NUMPY.read_text()), daemon=True)
+    writer.start()
+    assert compare([pipe, NUMPY]).others[0].mean.value == 1
 
 
 def test_margin_and_metric_are_used(h200, tmp_path):
