@@ -100,9 +100,9 @@ class Context:
     def row(self, key: str, boundary: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The figures of one row, which the journal keeps, with its `boundary` and the `conditions` meanwhile.
 
-        A row that the journal already has is not measured again; one of an earlier process is marked ``resumed``, and
-        its conditions count the seconds of that process. After Ctrl-C, and where `measure` raises, the row is a
-        null figure with the reason; the part makes of its other rows what it can.
+        A row that the journal already has is not measured again; the conditions of one of an earlier process are marked
+        ``resumed``, since they go wherever the row goes, and count the seconds of that process. After Ctrl-C, and where
+        `measure` raises, the row is a null figure with the reason; the part makes of its other rows what it can.
 
         Args:
             key: names the row within the run.
@@ -112,7 +112,10 @@ class Context:
         """
         if recorded := self.journal.recorded(key):
             self.failures += [line for line in recorded["failures"] if line not in self.failures]
-            return {**recorded["figures"], **({"resumed": True} if key in self.journal.taken else {})}
+            figures = recorded["figures"]
+            if key in self.journal.taken:
+                figures = {**figures, "conditions": {**figures["conditions"], "resumed": True}}
+            return figures
         if self.interrupted:
             return missing(INTERRUPTED)
         known, start = len(self.failures), time.perf_counter()
@@ -128,11 +131,10 @@ class Context:
         except JournalError:  # the disk is full: no later row could be kept either
             raise
         except Exception as e:  # whatever it is, the other rows are worth having
-            reason = describe(e)
             if isinstance(e, WrongResultError) and str(e) not in self.failures:
                 self.failures.append(str(e))
-            self.errors[key] = {"reason": reason, "traceback": traceback.format_exc()}
-            return missing(reason)
+            self.errors[key] = failure(e)
+            return missing(describe(e))
         return figures
 
     def shuffled(self, what: str, items: Iterable[T]) -> list[T]:
@@ -145,3 +147,8 @@ class Context:
 def describe(e: BaseException) -> str:
     """An exception on one line."""
     return f"{type(e).__name__}: {' '.join(str(e).split())}"
+
+
+def failure(e: BaseException) -> dict[str, str]:
+    """An exception as `errors` of a report keeps it."""
+    return {"reason": describe(e), "traceback": "".join(traceback.format_exception(e))}

@@ -25,6 +25,8 @@ from ..errors import EdgeLLMError
 FILE = "rows.jsonl"
 
 _SCHEMA_VERSION = "1.0.0"
+_ROW = {"key", "seconds", "figures", "failures"}
+_LONGEST_SHOWN = 60  # characters of a value that differs
 
 
 class JournalError(EdgeLLMError):
@@ -36,11 +38,12 @@ class Journal:
 
     Attributes:
         path: of rows.jsonl, or None.
-        taken: keys of the rows of an earlier process that :meth:`recorded` found: what a resumed run did not measure.
+        taken: key -> seconds of each row of an earlier process that :meth:`recorded` found: what a resumed run did not
+            measure.
     """
 
     def __init__(self, path: Path | None = None, rows: Mapping[str, dict[str, Any]] | None = None):
-        self.path, self.taken = path, list[str]()
+        self.path, self.taken = path, dict[str, float]()
         self._earlier, self._rows = frozenset(rows or ()), dict(rows or {})
         self._file: TextIO | None = None
 
@@ -70,8 +73,8 @@ class Journal:
     def recorded(self, key: str) -> dict[str, Any] | None:
         """The line of a row that is already there, or None."""
         line = self._rows.get(key)
-        if key in self._earlier and key not in self.taken:
-            self.taken.append(key)
+        if line and key in self._earlier:
+            self.taken[key] = line["seconds"]
         return line
 
     def record(self, key: str, seconds: float, figures: Mapping[str, Any], failures: Sequence[str]) -> None:
@@ -126,11 +129,11 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
     whole = data[: data.rfind(b"\n") + 1]
     try:
         lines = [json.loads(line) for line in whole.splitlines()]
-        good = bool(lines) and "identity" in lines[0] and all("key" in line for line in lines[1:])
-    except (ValueError, TypeError) as e:
+        good = bool(lines) and "identity" in lines[0] and all(line.keys() >= _ROW for line in lines[1:])
+    except (ValueError, TypeError, AttributeError) as e:
         raise JournalError(f"{path}: not the rows of a run: {e}") from e
     if not good:
-        raise JournalError(f"{path}: not the rows of a run: expected a header, then rows with a key each")
+        raise JournalError(f"{path}: not the rows of a run: expected a header, then rows of {', '.join(sorted(_ROW))}")
     major = str(lines[0].get("schema_version")).split(".")[0]
     if major != _SCHEMA_VERSION.split(".")[0]:
         raise JournalError(f"{path}: schema_version is {lines[0].get('schema_version')}, expected {_SCHEMA_VERSION}")
@@ -145,6 +148,9 @@ def _check_identity(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
             inside = next((k for k in {**now, **was} if was.get(k) != now.get(k)), None)
             was, now, name = (was.get(inside), now.get(inside), f"{key} {inside}") if inside else (now, now, key)
         if was != now:
-            raise JournalError(
-                f"{path}: cannot be resumed: {name} was {json.dumps(was)[:80]}, and is {json.dumps(now)[:80]} now"
-            )
+            raise JournalError(f"{path}: cannot be resumed: {name} was {_short(was)}, and is {_short(now)} now")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]} ..."

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import time
-import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import datetime, timezone
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -22,11 +22,12 @@ import edgellm_cupy as ec
 
 from ..formats.checkpoint import Checkpoint
 from ..version import __version__
-from .context import Context, WrongResultError, describe
+from . import journal
+from .context import INTERRUPTED, Context, WrongResultError, describe, failure
 from .machine import doctor
 from .machine.nvml import current_nvml_device
 from .machine.telemetry import Telemetry
-from .metrics import Metric, measured, missing
+from .metrics import Metric, inner, is_metric, measured, missing
 from .parts import (
     cpu,
     hardware,
@@ -51,14 +52,16 @@ class Part(NamedTuple):
     Attributes:
         module: has ``run(ctx) -> dict``, whose keys :mod:`.reporting.report` looks up.
         decodes: its figures rest on the decoder, so they are only taken from one that was found to be right.
+        rows: what takes long in it are rows. After Ctrl-C it is run once more, to report those that are finished.
     """
 
     module: ModuleType
     decodes: bool = False
+    rows: bool = True
 
 
 PARTS = {
-    "hardware": Part(hardware),
+    "hardware": Part(hardware, rows=False),
     "reproducibility": Part(reproducibility),
     "latency": Part(latency),
     "transfer": Part(transfer),
@@ -150,15 +153,17 @@ def run(
         "errors": {},
         "failures": ctx.failures,
         "interrupted": False,
+        "doctor": missing(INTERRUPTED),
     }
     try:
-        result["doctor"], telemetry = _watched(ctx)
-        with telemetry as ctx.telemetry:
+        result["doctor"] = inner(_attempt(ctx, "doctor", _examined, result["errors"]), "found")
+        with _telemetry(ctx) as ctx.telemetry:
             _run_parts(ctx, names, result, begin)
     except KeyboardInterrupt:
         ctx.interrupted = True
     result["interrupted"] = ctx.interrupted
     result["errors"] |= ctx.errors
+    result["errors"] |= {f"telemetry/{probe}": failure(e) for probe, e in ctx.telemetry.broken.items()}
     result["resumed_rows"] = len(ctx.journal.taken)
     result["telemetry"] = ctx.telemetry.figures()
     result["stability"] = stability.findings(result)
@@ -166,15 +171,26 @@ def run(
     return result
 
 
-def _watched(ctx: Context) -> tuple[list[dict[str, str]], Telemetry]:
-    """What could disturb the run, and what will watch it."""
-    findings = doctor.summary(doctor.examine(ctx.no_gpu))
-    return findings, ctx.telemetry if ctx.no_gpu else Telemetry(current_nvml_device())
+def _examined(ctx: Context) -> dict[str, Any]:
+    """What could disturb the run."""
+    folder = ctx.journal.path.parent if ctx.journal.path else Path()
+    return {"found": doctor.summary(doctor.examine(ctx.no_gpu, folder=folder))}
+
+
+def _telemetry(ctx: Context) -> Telemetry:
+    """What will watch the run."""
+    if ctx.no_gpu:
+        return ctx.telemetry
+    try:
+        return Telemetry(current_nvml_device())
+    except Exception as e:  # whatever it is, the run can be measured without
+        ctx.errors["telemetry"] = failure(e)
+        return Telemetry(None, describe(e))
 
 
 def _run_parts(ctx: Context, names: list[str], result: report.Report, begin: Callable[[str], None]) -> None:
     """Check the decoder where a part needs it, and run the parts; what comes out goes into `result`."""
-    if any(PARTS[name].decodes for name in names):
+    if not ctx.interrupted and any(PARTS[name].decodes for name in names):
         built = _attempt(ctx, "decoder_check", _build_and_check, result["errors"])
         result["decoder_check"] = built.get("check", built)
         if "decoder" in built:
@@ -187,34 +203,67 @@ def _run_parts(ctx: Context, names: list[str], result: report.Report, begin: Cal
         if PARTS[name].decodes and (reason := _doubt(ctx, result)):
             result["errors"][name] = {"reason": f"not measured: {reason}"}
             continue
-        start = time.perf_counter()
+        taken, start = sum(ctx.journal.taken.values()), time.perf_counter()
         measure = table.run if name == "latency" and ctx.tokens else PARTS[name].module.run
         with ctx.telemetry.part(name):
-            figures = _attempt(ctx, name, measure, result["errors"])
-        result["seconds"][name] = round(time.perf_counter() - start, 3)
-        if name not in result["errors"]:
+            figures = _attempt(ctx, name, measure, result["errors"], PARTS[name].rows)
+        earlier = sum(ctx.journal.taken.values()) - taken  # what its rows took in the process that measured them
+        result["seconds"][name] = round(earlier + time.perf_counter() - start, 3)
+        if not is_metric(figures):
             result["parts"][name] = figures
 
 
-def identity(ctx: Context, names: Iterable[str]) -> dict[str, Any]:
-    """What must be the same for rows of two processes to belong to one run."""
+def identity(ctx: Context, names: Iterable[str], weights: Path | None = None) -> dict[str, Any]:
+    """What must be the same for rows of two processes to belong to one run.
+
+    weights: file or folder of the checkpoint; None when it is random.
+    """
     where = reproducibility.environment(ctx)
     return {
         "code": reproducibility.code_hash(),
         "versions": reproducibility.versions(),
         **{key: where[key]["value"] for key in _SAME},
+        "tuned": {key: where["tuned"].get(key) for key in ("value", "sha256")},
+        "variables": reproducibility.changing_variables(),
         "gpu_uuid": None if ctx.no_gpu else current_nvml_device().read("UUID")["value"],
         "backend": ctx.backend,
         "parts": list(names),
         "model": ctx.config.to_dict(),
         "weights": ctx.checkpoint.source,
+        "checkpoint": _files(weights),
         "decoder": {**ctx.options, "kv_dtype": ctx.kv_dtype},
         "tokens": list(ctx.tokens),
         "quick": ctx.quick,
+        "seed": ctx.seed,
     }
 
 
-_SAME = ("git_commit", "git_modified", "gpu_model", "driver_version", "cuda_version", "tuned", "cpu_model")
+_SAME = ("git_commit", "git_modified", "gpu_model", "driver_version", "cuda_version", "cpu_model")
+_WEIGHTS = (".safetensors", ".gguf", ".pt")
+
+
+def _files(weights: Path | None) -> dict[str, str]:
+    """Name -> size and time of each file of a checkpoint: they tell a changed one, and cost no reading of gigabytes."""
+    if weights is None:
+        return {}
+    shards = weights.parent if weights.name.endswith(".index.json") else weights
+    files = [path for path in shards.iterdir() if path.suffix in _WEIGHTS] if shards.is_dir() else [weights]
+    return {path.name: f"{(stat := path.stat()).st_size} bytes at {_when(stat.st_mtime)}" for path in sorted(files)}
+
+
+def _when(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat()
+
+
+def seed_of(folder: Path) -> int:
+    """The seed of the run in `folder`, for the process that resumes it; 0 where none was recorded.
+
+    Raises:
+        JournalError: its rows.jsonl cannot be read.
+    """
+    header, _ = journal.read(folder / journal.FILE)
+    found = header["identity"].get("seed") if isinstance(header["identity"], dict) else None
+    return found if isinstance(found, int) else 0
 
 
 def _doubt(ctx: Context, result: report.Report) -> str | None:
@@ -225,23 +274,27 @@ def _doubt(ctx: Context, result: report.Report) -> str | None:
 
 
 def _attempt(
-    ctx: Context, name: str, measure: Callable[[Context], dict[str, Any]], errors: dict[str, Any]
+    ctx: Context, name: str, measure: Callable[[Context], dict[str, Any]], errors: dict[str, Any], rows: bool = False
 ) -> dict[str, Any]:
-    """What `measure` returns; if it raises, the reason as a null figure, and in `errors` under `name`."""
+    """What `measure` returns; if it raises, the reason as a null figure, and in `errors` under `name`.
+
+    rows: it is made of rows, so that after Ctrl-C it takes no time to ask it once more for what is finished.
+    """
     try:
         try:
             figures = measure(ctx)
-        except KeyboardInterrupt:  # between two rows: the part is made of those that are finished
+        except KeyboardInterrupt:
             ctx.interrupted = True
+            if not rows:
+                return missing(INTERRUPTED)
             figures = measure(ctx)
         # A figure that JSON cannot hold (NaN, an array) is its part's bug and must not cost the whole report.
         json.dumps(figures, allow_nan=False)
     except Exception as e:  # whatever a part raises: the other parts' figures are worth keeping
-        reason = describe(e)
         if isinstance(e, WrongResultError):
             ctx.failures.append(str(e))
-        errors[name] = {"reason": reason, "traceback": traceback.format_exc()}
-        return missing(reason)
+        errors[name] = failure(e)
+        return missing(describe(e))
     return figures
 
 
@@ -326,7 +379,7 @@ def _look_at_the_whole(ctx: Context) -> None:
 
 
 def _check_ids(ctx: Context) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, ctx.config.vocab_size, PROMPT_TOKENS + _CHECKED_TOKENS)
+    return np.random.default_rng(tokens.PROMPT_SEED).integers(0, ctx.config.vocab_size, PROMPT_TOKENS + _CHECKED_TOKENS)
 
 
 def _logits_of(cache: Any, where: str) -> np.ndarray:

@@ -186,7 +186,7 @@ def _persistence(device: NvmlDevice) -> Finding:
         return unread("persistence mode", mode)
     if mode["value"]:
         return ok("persistence mode on")
-    return note(
+    return warning(
         "persistence mode off",
         "between two programs the driver unloads: each start is slow, settings are lost",
         "sudo nvidia-smi --persistence-mode=1",

@@ -223,8 +223,7 @@ def _interpreter(host: Host) -> Finding:
 
 _SLOW_CALLS = "every call costs more"
 _SLOW_START = "kernels are compiled anew in each process: only the start is slower"
-# variable -> values that disturb (None: any), whether they change what is measured, and how.
-_VARIABLES: dict[str, tuple[tuple[str, ...] | None, bool, str]] = {
+VARIABLES: dict[str, tuple[tuple[str, ...] | None, bool, str]] = {
     "PYTHONMALLOC": (("debug", "malloc_debug", "pymalloc_debug"), True, _SLOW_CALLS),
     "PYTHONDEVMODE": (None, True, _SLOW_CALLS),
     "PYTHONTRACEMALLOC": (None, True, _SLOW_CALLS),
@@ -240,11 +239,12 @@ _VARIABLES: dict[str, tuple[tuple[str, ...] | None, bool, str]] = {
     "CUPY_CACHE_IN_MEMORY": (("1",), False, _SLOW_START),
     "LD_PRELOAD": (None, False, "a library stands before those that are measured"),
 }
+"""Variable -> values that disturb (None: any), whether they change what is measured, and how."""
 
 
 def _variables(host: Host) -> Iterator[Finding]:
     seen = False
-    for name, (values, disturbs, why) in _VARIABLES.items():
+    for name, (values, disturbs, why) in VARIABLES.items():
         value = host.environment.get(name, "")
         if value and (values is None or value in values):
             seen = True

@@ -107,7 +107,8 @@ class NvmlDevice:
         """The result of ``nvmlDeviceGet<what>(device, *args)``, through `convert` when given; `unit` is the result's.
 
         A text among `args`, or in a list there, names a constant of `pynvml`. A `convert` that returns None says that
-        NVML knows no value. What this `pynvml` or this driver does not know yet is null too.
+        NVML knows no value. What this `pynvml` or this driver does not know yet is null too, and so is an answer that
+        `convert` cannot take, such as one of a type that is newer than this package.
         """
         function = f"nvmlDeviceGet{what}"
         if self.unavailable:
@@ -115,11 +116,13 @@ class NvmlDevice:
         try:
             value = getattr(self._nvml, function)(self._handle, *map(self._constant, args))
             value = convert(value) if convert else value
+            return missing(f"{function} knows no value", unit) if value is None else measured(value, unit)
         except self._nvml.NVMLError as e:
             return missing(f"{function}: {e}", unit)
         except AttributeError as e:
             return missing(f"{function}: too new for the installed nvidia-ml-py: {e}", unit)
-        return missing(f"{function} knows no value", unit) if value is None else measured(value, unit)
+        except (LookupError, TypeError, ValueError, ArithmeticError) as e:
+            return missing(f"{function}: an answer of another form: {type(e).__name__}: {e}", unit)
 
     def _constant(self, argument: Any) -> Any:
         if isinstance(argument, list):

@@ -9,8 +9,9 @@ conditions of a row:
     begin_s, end_s      seconds since the run began
     before, after       {sm_clock_mhz, memory_clock_mhz, temperature_c, throttle_reasons}, read at once
     sm_clock_mhz, memory_clock_mhz, temperature_c    meanwhile: mean, with min, max and n
-    throttle_reasons    all that were seen, before and after included
+    throttle_reasons    all that were seen meanwhile and after; those `before` are what the row before left behind
     throttled           whether one of them slows a GPU under load
+    resumed             true in a row that an earlier process has measured: its seconds are those of that process
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from ..metrics import Metric, measured, missing
@@ -142,15 +144,24 @@ class Telemetry:
     """One sampler for a whole run, and what each row needs of it. Without a device there is only the reason why.
 
     Used as a context manager; times are counted from its beginning.
+
+    Attributes:
+        broken: name of a probe -> the first exception that it raised. Its readings are null with that reason; what is
+            measured meanwhile, and the other probes, go on.
     """
 
     def __init__(self, device: NvmlDevice | None, why_none: str = "nothing watched the GPU"):
-        self._device, self._why_none = device, why_none
+        self._why_none = why_none
         self._sampler: Sampler | None = None
+        self._conditions: dict[str, Probe] = {}
+        self.broken: dict[str, Exception] = {}
         if device:
             power = power_sensor(device)
             self._power_sensor = power.name
-            self._sampler = Sampler({**condition_probes(device), "power_w": power.read}, TELEMETRY_S)
+            probes = {**condition_probes(device), "power_w": power.read}
+            probes = {name: partial(self._read, name, probe) for name, probe in probes.items()}
+            self._sampler = Sampler(probes, TELEMETRY_S)
+            self._conditions = {name: probe for name, probe in probes.items() if name != "power_w"}
         self._start = time.perf_counter()
         self._parts: list[dict[str, Any]] = []
 
@@ -168,19 +179,21 @@ class Telemetry:
     def watch(self) -> Iterator[dict[str, Any]]:
         """Hands out a dictionary that holds the conditions of the ``with`` block once it has ended."""
         found: dict[str, Any] = {}
-        if not (self._device and self._sampler):
+        if not self._sampler:
             found.update(missing(self._why_none))
             yield found
             return
-        begin, before, paused = time.perf_counter(), _now(self._device), self._sampler.is_paused
+        before, paused = self._now(), self._sampler.is_paused
+        begin = time.perf_counter()
         yield found
-        end, after = time.perf_counter(), _now(self._device)
+        end, after = time.perf_counter(), self._now()
         found.update(begin_s=self._since(begin), end_s=self._since(end), before=before, after=after)
         found.update(conditions(self._sampler, begin, end))
         if paused:
             nothing = missing("sampling paused: the row is about this process itself")
             found.update(dict.fromkeys(("sm_clock_mhz", "memory_clock_mhz", "temperature_c"), nothing))
-        seen = [c["throttle_reasons"] for c in (before, found, after) if c["throttle_reasons"]["value"] is not None]
+        # A reason outlasts its cause by some tenths of a second. One from `before` counts if it lasts into the row.
+        seen = [c["throttle_reasons"] for c in (found, after) if c["throttle_reasons"]["value"] is not None]
         if seen:
             reasons = sorted({reason for c in seen for reason in c["value"]})
             found["throttle_reasons"] = measured(reasons, n=sum(c.get("n", 1) for c in seen))
@@ -223,6 +236,12 @@ class Telemetry:
     def _since(self, t: float) -> float:
         return round(t - self._start, 3)
 
+    def _now(self) -> dict[str, Metric]:
+        return {name: probe() for name, probe in self._conditions.items()}
 
-def _now(device: NvmlDevice) -> dict[str, Metric]:
-    return {name: probe() for name, probe in condition_probes(device).items()}
+    def _read(self, name: str, probe: Probe) -> Metric:
+        try:
+            return probe()
+        except Exception as e:  # a bug of one probe: no reading is worth a run
+            self.broken.setdefault(name, e)
+            return missing(f"{type(e).__name__}: {e}")

@@ -47,6 +47,8 @@ LONG_PROMPT = 4096
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SAMPLINGS = (Sampling(), Sampling(temperature=0.8, top_k=40, top_p=0.95), Sampling(temperature=1.0))
 """Greedy first, what the others are compared with; then the filters that chats use, and the whole vocabulary."""
+PROMPT_SEED = 0
+"""Of the token ids of every prompt."""
 WARM_UP_TOKENS = 4
 """Decoded before the first timed token, so that the device is busy and the host ahead of it when timing begins."""
 
@@ -243,7 +245,7 @@ def wall_times(ctx: Context, cache: Any, n: int) -> list[float]:
 
 
 def _prompt_ids(ctx: Context, n: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, ctx.config.vocab_size, n, dtype=np.int32)
+    return np.random.default_rng(PROMPT_SEED).integers(0, ctx.config.vocab_size, n, dtype=np.int32)
 
 
 def _first_token(ctx: Context, plan: Plan) -> dict[str, Any]:

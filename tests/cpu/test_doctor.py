@@ -105,10 +105,10 @@ def test_the_desktop_pascal_has_all_that_disturbs() -> None:
         "the GPU holds its clocks down: SwPowerCap",
         "8 degrees below the temperature at which the GPU slows down",
         "power limit 150 W, default 180 W",
+        "persistence mode off",
         "PCIe width 8 under load, the board and slot could do 16",
     ]
     assert "--power-limit=180" in only(findings, "power limit").remedy
-    assert levels(findings, "persistence mode off") == ["note"]
     assert levels(findings, "ECC: not readable") == levels(findings, "application clocks: not readable") == ["note"]
 
 
@@ -168,7 +168,7 @@ def test_in_a_container_the_one_unknown_process_may_be_this_one() -> None:
         ({"RetiredPagesPendingStatus": 1}, "memory of the GPU is failing", "warning"),
         ({"VirtualizationMode": 2}, "this is a virtual GPU", "warning"),
         ({"VirtualizationMode": 0}, "the GPU is not virtual", "ok"),
-        ({"PersistenceMode": 0}, "persistence mode off", "note"),
+        ({"PersistenceMode": 0}, "persistence mode off", "warning"),
         ({"CurrentClocksEventReasons": 0x2}, "clocks are held by: ApplicationsClocksSetting", "note"),
         ({"CurrentClocksEventReasons": 0x40}, "holds its clocks down: HwThermalSlowdown", "warning"),
         ({"CurrentClocksEventReasons": 0x1}, "nothing holds the clocks down", "ok"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import edgellm_cupy as ec
 from edgellm_cupy.bench import suite
 from edgellm_cupy.bench.context import INTERRUPTED, Context, WrongResultError
 from edgellm_cupy.bench.journal import FILE, Journal, JournalError, read
-from edgellm_cupy.bench.parts import scaling, tokens
+from edgellm_cupy.bench.metrics import missing
+from edgellm_cupy.bench.parts import hardware, reproducibility, scaling, tokens
+from edgellm_cupy.bench.reporting import report, schema
 from edgellm_cupy.formats.checkpoint import Checkpoint
 
 CONFIG = ec.ModelConfig("tiny", 2, 64, 96, 4, 2, 16, 256, max_context=128)
@@ -55,7 +58,7 @@ def test_a_resumed_run_takes_what_is_there_and_measures_the_rest(tmp_path):
     ctx = context(journal(tmp_path, resume=True))
     assert ctx.row("first", "kernel", lambda: pytest.fail("measured again"))["us"] == 1.0
     assert ctx.row("cut off", "kernel", lambda: {"us": 3.0})["us"] == 3.0
-    assert ctx.journal.taken == ["first"]
+    assert list(ctx.journal.taken) == ["first"]
     assert [row["key"] for row in read(tmp_path / FILE)[1]] == ["first", "cut off"]
 
 
@@ -76,11 +79,60 @@ def test_rows_of_another_run_are_refused_with_what_differs(tmp_path):
     journal(tmp_path, resume=True, shape={"layers": 2, "hidden": 64}).close()
 
 
-@pytest.mark.parametrize("text", [None, "", "\n", "[]\n", "{}\n", '{"identity": {}}\n{"figures": 1}\n', "no JSON\n"])
+def test_what_changes_results_makes_another_run(tmp_path, monkeypatch):
+    for name in ("OPENBLAS_NUM_THREADS", "EDGELLM_OVERLAP"):
+        monkeypatch.delenv(name, raising=False)
+    weights = tmp_path / "model.gguf"
+    weights.write_bytes(b"one")
+    first = suite.identity(context(), ["cpu"], weights)
+    assert suite.identity(context(), ["cpu"], tmp_path) == first  # the folder, in which it is the one file
+
+    def differs(**changed: int) -> list[str]:
+        now = suite.identity(context(**changed), ["cpu"], weights)
+        return [key for key in now if now[key] != first[key]]
+
+    assert differs() == []
+    assert differs(seed=1) == ["seed"]
+    weights.write_bytes(b"three")
+    assert differs() == ["checkpoint"]
+    weights.write_bytes(b"two")
+    os.utime(weights, (1, 1))
+    assert differs() == ["checkpoint"]
+    weights.unlink()
+    weights.write_bytes(b"one")
+    first = suite.identity(context(), ["cpu"], weights)
+    for name in ("OPENBLAS_NUM_THREADS", "EDGELLM_OVERLAP"):
+        with monkeypatch.context() as m:
+            m.setenv(name, "0")
+            assert differs() == ["variables"]
+    tuned = {"value": 1, "unit": "entries", "file": "x", "sha256": "0"}
+    where = suite.reproducibility.environment(context())
+    for sha256 in ("0", "1"):
+        changed = where | {"tuned": tuned | {"sha256": sha256}}
+        monkeypatch.setattr(suite.reproducibility, "environment", lambda ctx, changed=changed: changed)
+        if sha256 == "0":
+            first = suite.identity(context(), ["cpu"], weights)
+    assert differs() == ["tuned"]
+
+
+def test_shards_are_those_of_the_folder(tmp_path):
+    for name in ("model-1.safetensors", "model-2.safetensors", "model.safetensors.index.json", "README.md"):
+        (tmp_path / name).touch()
+    for weights in (tmp_path, tmp_path / "model.safetensors.index.json"):
+        files = suite.identity(context(), ["cpu"], weights)["checkpoint"]
+        assert list(files) == ["model-1.safetensors", "model-2.safetensors"]
+
+
+ROWS_WITHOUT_SECONDS = '{"identity": {}}\n{"key": "a", "figures": {}, "failures": []}\n'
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", "\n", "[]\n", "{}\n", ROWS_WITHOUT_SECONDS, '{"identity": {}}\n1\n', "no JSON\n"]
+)
 def test_what_is_no_journal_is_one_error_that_names_the_file(tmp_path, text):
     if text is not None:
         (tmp_path / FILE).write_text(text)
-    with pytest.raises(JournalError, match=r"rows\.jsonl: "):
+    with pytest.raises(JournalError, match=r"rows\.jsonl: (cannot be read|not the rows of a run): "):
         journal(tmp_path, resume=True)
 
 
@@ -184,6 +236,46 @@ def test_an_interrupted_run_reports_its_rows_and_can_be_resumed(tmp_path, monkey
     assert None not in again.values()
 
 
+def test_taken_rows_say_so_and_count_their_seconds(tmp_path):
+    for resume in (False, True):
+        ctx = context()
+        ctx.journal = Journal.open(tmp_path, suite.identity(ctx, ["latency", "tokens"]), resume)
+        result = suite.run(ctx, ["latency", "tokens"])
+        ctx.journal.close()
+        parts = result["parts"]
+        rows = [row for product in parts["latency"]["products"].values() for row in product["rows"]]
+        rows += [*parts["tokens"]["batches"], *parts["tokens"]["sampling"], parts["tokens"]["token_latency"]]
+        assert {row["conditions"].get("resumed", False) for row in rows} == {resume}
+        assert schema.faults(json.loads(json.dumps(result))) == []
+    measured = read(tmp_path / FILE)[1]
+    assert result["resumed_rows"] == len(measured)
+    for part in ("latency", "tokens"):
+        before = sum(row["seconds"] for row in measured if row["key"].startswith(part))
+        assert before < result["seconds"][part] < before + 0.5
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "parts"),
+    [(suite, "check_decoder", ["tokens"]), (hardware, "run", ["hardware", "cpu"]), (suite.doctor, "examine", ["cpu"])],
+    ids=["decoder check", "hardware", "doctor"],
+)
+def test_ctrl_c_in_what_has_no_rows_does_not_begin_it_again(where, name, parts, monkeypatch):
+    calls = []
+
+    def interrupted(*args, **options):
+        calls.append(name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, name, interrupted)
+    result = suite.run(context(), parts)
+    assert calls == [name]
+    assert suite.exit_code(result) == 130
+    assert (result["parts"], result["errors"]) == ({}, {})
+    if name == "check_decoder":
+        assert result["decoder_check"] == missing(INTERRUPTED)
+    assert schema.faults(json.loads(json.dumps(result))) == []
+
+
 def test_one_row_that_fails_costs_neither_its_part_nor_the_others(monkeypatch):
     real = tokens._batch
 
@@ -200,6 +292,43 @@ def test_one_row_that_fails_costs_neither_its_part_nor_the_others(monkeypatch):
     assert "a batch of 1" in figures["batches"][0]["tok_s"]["reason"]
     assert figures["throughput_tok_s"]["value"] > 0
     assert "a batch of 1" in figures["batch_tok_s"]["reason"]
+
+
+def test_a_model_that_cannot_be_built_costs_no_count_and_no_version(monkeypatch):
+    def no_memory(*args, **options):
+        raise MemoryError("the model")
+
+    monkeypatch.setattr(ec.reference, "TernaryTransformer", no_memory)
+    result = suite.run(context(), ["transfer"])
+    assert list(result["errors"]) == ["transfer/weight bytes"]
+    transfer = result["parts"]["transfer"]
+    assert transfer["weight_bytes_one_time"] == {"value": None, "unit": "bytes", "reason": "MemoryError: the model"}
+    assert transfer["token_id_us"]["reason"] == "not asked for"
+
+    monkeypatch.setattr(reproducibility, "_clock_locking", no_memory)
+    monkeypatch.setattr(reproducibility, "_build_flags", lambda ctx: missing("no GPU in this test"))
+    ctx = Context(Checkpoint.random(CONFIG), None, quick=True)
+    figures = reproducibility.run(ctx)
+    assert list(ctx.errors) == ["reproducibility/clock locking"]
+    assert figures["clock_locking"] == missing("MemoryError: the model")
+    assert figures["python"]["version"]
+
+
+def test_a_doctor_that_fails_costs_its_findings(tmp_path, monkeypatch):
+    monkeypatch.setattr(suite.doctor, "examine", lambda no_gpu, folder: 1 / 0)
+    result = suite.run(context(), ["cpu"])
+    assert result["doctor"] == missing("ZeroDivisionError: division by zero")
+    assert list(result["errors"]) == ["doctor"]
+    assert result["parts"]["cpu"]
+    assert schema.faults(json.loads(json.dumps(result))) == []
+    assert report.markdown(result)
+
+
+def test_the_doctor_looks_at_the_disk_of_the_run(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(suite.doctor, "examine", lambda no_gpu, folder: seen.append(folder) or [])
+    suite.run(context(journal(tmp_path)), ["hardware"])
+    assert seen == [tmp_path]
 
 
 def test_every_row_has_its_boundary_and_conditions():

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 import edgellm_cupy as ec
+from edgellm_cupy.bench import suite
 from edgellm_cupy.bench.context import Context
 from edgellm_cupy.bench.machine import telemetry
 from edgellm_cupy.bench.machine.telemetry import Telemetry
@@ -76,6 +77,34 @@ def test_a_row_shorter_than_the_sampling_still_knows_whether_it_was_throttled(de
     assert found["throttled"]["value"] is True
 
 
+def test_what_the_row_before_left_behind_does_not_count(device, monkeypatch):
+    monkeypatch.setattr(telemetry, "TELEMETRY_S", 10)
+    with Telemetry(device) as watching:
+        time.sleep(0.05)  # the one sample that there will be
+        device.hot = True
+        with watching.watch() as found:
+            device.hot = False
+    assert found["before"]["throttle_reasons"]["value"] == ["HwThermalSlowdown"]
+    assert found["throttle_reasons"]["value"] == ["GpuIdle"]
+    assert found["throttled"]["value"] is False
+
+
+def test_a_probe_that_breaks_costs_its_own_figures(device):
+    def broken():
+        raise ZeroDivisionError("of a driver")
+
+    device.temperature = broken
+    ctx = Context(Checkpoint.random(ec.ModelConfig("tiny", 2, 64, 96, 4, 2, 16, 256)), "no GPU here", quick=True)
+    ctx.telemetry = Telemetry(device)
+    result = suite.run(ctx, ["transfer", "cpu"])
+    assert list(result["errors"]) == ["telemetry/temperature_c"]
+    assert result["errors"]["telemetry/temperature_c"]["reason"] == "ZeroDivisionError: of a driver"
+    conditions = result["parts"]["cpu"]["conditions"]
+    assert conditions["before"]["temperature_c"] == missing("ZeroDivisionError: of a driver")
+    assert conditions["before"]["sm_clock_mhz"]["value"] == 1980
+    assert result["telemetry"]["series"]["power_w"]["values"]
+
+
 def test_idle_is_not_throttled(device):
     with Telemetry(device) as watching, watching.watch() as found:
         time.sleep(0.02)
@@ -124,14 +153,45 @@ def test_without_a_gpu_the_reason_stands_everywhere():
     ("part", "said"),
     [
         ({"rows": [{"conditions": {"throttled": measured(True)}}]}, "held its clocks down during scaling.rows[0]"),
-        ({"latency": {"samples": [1.0], "relative_error": 0.03}}, "above 2% was left in scaling.latency"),
+        ({"latency": {"samples": [1.0, 2.0], "relative_error": 0.03}}, "above 2% was left in scaling.latency"),
         ({"windows": [{"joules": measured(1.0), "suspect": measured(True)}]}, "disagree in scaling.windows[0]"),
-        ({"latency": {"samples": [1.0], "relative_error": 0.01}}, None),
-        ({"windows": [{"joules": measured(1.0), "suspect": missing("no counter")}]}, None),
+        ({"latency": {"samples": [1.0, 1.0], "relative_error": 0.01}}, None),
+        ({"windows": [{"joules": missing("20 steps"), "suspect": missing("20 steps")}]}, None),
+        ({"conditions": {"throttled": missing("Not Supported")}}, "held its clocks down during scaling (Not Supp"),
+        ({"conditions": missing("no NVML")}, "clocks down during scaling (no NVML)"),
+        ({"conditions": missing("not recorded before 1.3")}, None),
+        ({"latency": {"samples": [1.0]}}, "one sample does not tell its error in scaling.latency"),
+        ({"windows": [{"joules": measured(1.0), "suspect": missing("none")}]}, "agree in scaling.windows[0] (none)"),
     ],
 )
-def test_what_was_unstable_is_read_off_the_report(part, said):
+def test_what_was_unstable_or_could_not_be_told_is_read_off_the_report(part, said):
     found = stability.findings({"parts": {"scaling": part}})
     assert len(found) == (said is not None)
     if said:
         assert said in found[0]
+    assert not found or stability.ruled_out({"parts": {"scaling": part}}) == []
+
+
+def test_without_a_gpu_nobody_has_to_see_that_nothing_is_throttled():
+    part = {
+        "throttled": missing("no GPU"),
+        "conditions": missing("no GPU"),
+        "samples": [1.0, 1.0],
+        "relative_error": 0.0,
+    }
+    assert stability.findings({"no_gpu": "no GPU", "parts": {"scaling": part}}) == []
+
+
+def test_only_what_was_read_is_ruled_out():
+    part = {
+        "conditions": {"throttled": measured(False)},
+        "latency": {"samples": [1.0, 1.0], "relative_error": 0.0},
+        "windows": [{"joules": measured(1.0), "suspect": measured(False)}],
+    }
+    assert stability.ruled_out({"parts": {"a": part}}) == [
+        "nothing was throttled", "no series stayed noisy", "no energy is in doubt",
+    ]  # fmt: skip
+    del part["windows"]
+    part["row"] = {"conditions": missing("not recorded before 1.3")}
+    assert stability.ruled_out({"parts": {"a": part}}) == ["no series stayed noisy"]
+    assert stability.ruled_out({"no_gpu": "no GPU", "parts": {"a": part}}) == ["no series stayed noisy"]
