@@ -182,8 +182,10 @@ def _interval(interval: tuple[float, float] | None, reason: str) -> dict[str, An
 def rate(time: Metric, amount: float, unit: str, **detail: Any) -> Metric:
     """`amount` over a median time, the interval of the time turned into one of the rate.
 
-    Null for a time that is not positive: the clock was too coarse for it.
+    Null where the time is, and for a time that is not positive: the clock was too coarse for it.
     """
+    if time["value"] is None:
+        return missing(time["reason"], unit)
     if time["value"] <= 0:
         return missing(f"a time of {time['value']:g} {time.get('unit', '')}: shorter than the clock can tell", unit)
     interval, reason = None, time.get("ci95_reason")
@@ -195,8 +197,8 @@ def rate(time: Metric, amount: float, unit: str, **detail: Any) -> Metric:
     return measured(amount / time["value"], unit, n=time["n"], **worth, **_interval(interval, str(reason)), **detail)
 
 
-def ratio(above: Metric, below: Metric, unit: str = "x", **detail: Any) -> Metric:
-    """Ratio of two medians of series that were taken apart, with its interval where both have one.
+def ratio(above: Metric, below: Metric, unit: str = "x", factor: float = 1.0, **detail: Any) -> Metric:
+    """Ratio of two medians of series that were taken apart, times `factor`, with its interval where both have one.
 
     The distances of both values to the ends of their intervals are added as squares of logarithms (MOVER, Donner and
     Zou 2012): 95 % again, which quotients of opposite ends would overshoot. Null where `below` or `above` is null, or
@@ -207,15 +209,33 @@ def ratio(above: Metric, below: Metric, unit: str = "x", **detail: Any) -> Metri
             return missing(figure["reason"], unit)
         if figure["value"] <= 0:
             return missing(f"a value of {figure['value']:g} has no ratio", unit)
-    value = above["value"] / below["value"]
-    intervals = [figure.get("ci95") for figure in (above, below)]
-    interval, reason = None, "no interval of both"
-    if all(ends and ends[0] > 0 for ends in intervals):
-        (a_down, a_up), (b_down, b_up) = (
-            [abs(math.log(end / figure["value"])) for end in figure["ci95"]] for figure in (above, below)
-        )
-        interval = (value * math.exp(-math.hypot(a_down, b_up)), value * math.exp(math.hypot(a_up, b_down)))
-    return measured(value, unit, **_interval(interval, reason), **detail)
+    value = factor * above["value"] / below["value"]
+    interval = None
+    if (a := _log_distances(above)) and (b := _log_distances(below)):
+        interval = (value * math.exp(-math.hypot(a[0], b[1])), value * math.exp(math.hypot(a[1], b[0])))
+    return measured(value, unit, **_interval(interval, "no interval of both"), **detail)
+
+
+def geometric_mean(ratios: Sequence[Metric], unit: str = "x", **detail: Any) -> Metric:
+    """Of at least one ratio, none null; with its interval, by the method of :func:`ratio`, where all have one.
+
+    The interval says how well the ratios were measured, as ratios that were measured apart, not how far the mean
+    depends on which ratios there are.
+    """
+    value = math.exp(sum(math.log(figure["value"]) for figure in ratios) / len(ratios))
+    interval = None
+    if all(distances := [_log_distances(figure) for figure in ratios]):
+        down, up = (math.hypot(*side) / len(ratios) for side in zip(*filter(None, distances), strict=True))
+        interval = (value * math.exp(-down), value * math.exp(up))
+    return measured(value, unit, n=len(ratios), **_interval(interval, "no interval of all"), **detail)
+
+
+def _log_distances(figure: Metric) -> tuple[float, float] | None:
+    """How far down and up the interval of a positive figure reaches, on logarithms; None without a positive one."""
+    ends = figure.get("ci95")
+    if not ends or ends[0] <= 0:
+        return None
+    return abs(math.log(ends[0] / figure["value"])), abs(math.log(ends[1] / figure["value"]))
 
 
 def summarise(

@@ -225,6 +225,11 @@ def enough_launches(us: float) -> int:
     return min(GRAPH_LAUNCHES, max(FEWEST_LAUNCHES, math.ceil(GRAPH_US / us)))
 
 
+def launches_of(call: Callable[[], Any]) -> int:
+    """:func:`enough_launches` of a graph of this call, by a glance at how long one takes."""
+    return enough_launches(device(call, GLANCE)["median"]["value"])
+
+
 def kernel(rotation: Rotation, rule: StopRule, prepare: Callable[[], Any] | None = None) -> dict[str, Any]:
     """The `kernel` series in microseconds a call: one sample is one replay of the graph, divided by its calls.
 

@@ -214,7 +214,7 @@ def _samples(ctx: Context, caches: Mapping[str | None, Any], rounds: int) -> dic
 
 
 def _floors(ctx: Context, cache: Any, kinds: Container[str]) -> dict[str, Metric]:
-    """Microseconds a token: products by a kernel that reads as many bytes, the others by the measured bandwidth."""
+    """Microseconds a token: products by a kernel that only reads their weight, the others by the measured bandwidth."""
     rule = timing.QUICK
     floors = {}
     for product, (m, k) in ctx.config.products().items():

@@ -1,7 +1,7 @@
 """Latency of the ternary products: how long one takes, what limits it, and what a user would otherwise wait.
 
-For each shape of the workload (`products`, keyed by layer type): the floor, that is a kernel that only reads the same
-bytes; the baselines; and a row for each operation. A row begins with the check against the float64 reference, on a
+For each shape of the workload (`products`, keyed by layer type): the floor, that is a kernel that only reads the packed
+weight; the baselines; and a row for each operation. A row begins with the check against the float64 reference, on a
 poisoned result, and each of its series is checked in the same way after its last sample. An operation that fails once
 has no speed, and the failure goes to `Context.failures`. So does that of the floor, which has to have read every byte.
 Somebody else's library that fails has no speed either, but is no failure of ours. Floor, baselines and operations of a
@@ -186,12 +186,7 @@ def _row(
     """
     kernel = {l2: inner(found, "kernel", l2, unit="us") for l2 in L2}
     moved = operation.bytes(p)
-    cold = kernel["cold"]
-    rate = (
-        missing(cold["reason"], "GB/s")
-        if is_metric(cold)
-        else statistics.rate(cold["median"], moved / 1e3, "GB/s", l2="cold")
-    )
+    rate = statistics.rate(inner(kernel, "cold", "median"), moved / 1e3, "GB/s", l2="cold")
     compared = {name: series for name, series in baselines.items() if _comparable(name, operation)}
     return {
         **operation.facts(),
@@ -205,9 +200,8 @@ def _row(
             for name, series in compared.items()
         },
         "gb_per_s": rate,
-        "bandwidth_pct": _percentage(rate, bandwidth),
-        "boundary": "kernel",
-        "conditions": inner(found, "conditions"),
+        "bandwidth_pct": statistics.ratio(rate, bandwidth, "%", 100, l2="cold"),
+        **about(found),
     }
 
 
@@ -394,8 +388,12 @@ _BASELINES = ("cublas_fp16", "cublas_fp16_product", *_UNFUSED)
 def with_conditions(found: dict[str, Any], names: Iterable[str]) -> dict[str, Series]:
     """The series `names` of a row, each with the row's boundary and conditions; null with its reason where it is."""
     series = {name: inner(found, name, unit="us") for name in names}
-    about: dict[str, Any] = {key: found[key] for key in ("boundary", "conditions", "resumed") if key in found}
-    return {name: s if s.get("value", 0) is None else {**s, **about} for name, s in series.items()}
+    return {name: s if s.get("value", 0) is None else {**s, **about(found)} for name, s in series.items()}
+
+
+def about(found: dict[str, Any]) -> dict[str, Any]:
+    """Boundary and conditions of a row of :meth:`.Context.row`, also where it is null."""
+    return {"boundary": found.get("boundary", "kernel"), "conditions": inner(found, "conditions")}
 
 
 def _comparable(baseline: str, operation: Operation) -> bool:
@@ -425,19 +423,9 @@ def _failed(ctx: Context, p: Problem, operation: Operation, message: str) -> Met
     return missing(f"wrong result: {message}", "us")
 
 
-def _percentage(rate: Metric, of: Metric) -> Metric:
-    for figure in (rate, of):
-        if figure["value"] is None:
-            return missing(figure["reason"], "%")
-    return measured(100 * rate["value"] / of["value"], "%", l2="cold")
-
-
 def ratio(above: Series, below: Series) -> Metric:
     """Ratio of two series' medians, or null with the reason of the one that is missing."""
-    for series in (above, below):
-        if is_metric(series):
-            return missing(series["reason"], "x")
-    return statistics.ratio(above["median"], below["median"])
+    return statistics.ratio(inner(above, "median"), inner(below, "median"))
 
 
 # ---- yardsticks, for other parts too --------------------------------------------------------------------------------
@@ -468,10 +456,8 @@ def measure_floor(ctx: Context, data: Sequence[Any], l2: str, rule: StopRule) ->
         load(floor_spec(threads, check))((blocks, 1, 1), (threads, 1, 1), (a, words, sink))
 
     def rotation(blocks: int, threads: int) -> Rotation:
-        def call_on(a: Any) -> Callable[[], None]:
-            return lambda: read(a, blocks, threads)
-
-        return Rotation([call_on(a) for a in data], data[0].nbytes, l2)
+        calls = [partial(read, a, blocks, threads) for a in data]
+        return Rotation(calls, data[0].nbytes, l2, timing.launches_of(calls[0]))
 
     def median_us(configuration: tuple[int, int]) -> float:
         return float(timing.kernel(rotation(*configuration), _SWEEP)["median"]["value"])

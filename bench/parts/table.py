@@ -3,7 +3,9 @@
 For each shape of :data:`.shapes.TABLE`, each number of tokens and both activations: `rmsnorm_ternary_matmul` with
 ``strategy="adaptive"`` inside CUDA graphs, cold and warm, beside the floor and cuBLAS in float16. For one token also
 ``alone``, where no launch starts before its predecessor has ended; the floor and cuBLAS never do. For
-:data:`STRATEGY_TOKENS` also the two strategies that "adaptive" chooses from.
+:data:`STRATEGY_TOKENS` also the two strategies that "adaptive" chooses from. The floor, each activation and each
+baseline are rows of the run of their own, with their own conditions; the seed draws the order of a shape's rows, and of
+the series in a row.
 
 Every series is checked on a poisoned result before and after it: no result may be left unwritten, and a random sample
 of tokens and rows is compared with the float64 reference. What is wrong has no speed, and the run has failed.
@@ -30,19 +32,20 @@ import edgellm_cupy as ec
 from ...formats import packing
 from ...kernels.launch import overlap
 from ...reference import accuracy
-from .. import timing
+from .. import statistics, timing
 from ..context import INTERRUPTED, Context
 from ..metrics import Metric, inner, is_metric, measured, missing
 from ..reporting import table_figures
-from ..reporting.table_figures import quotient
 from ..timing import Rotation, StopRule
 from .baselines import BaselineUnavailableError, CuBlas, load_cublas
-from .latency import ACTIVATIONS, EPS, L2, cold_weights, measure_bandwidth, measure_floor, with_conditions
+from .latency import ACTIVATIONS, EPS, L2, about, cold_weights, measure_bandwidth, measure_floor, with_conditions
 from .roofline import current_roof_facts, roofline
 from .shapes import TABLE, Shape
 
 STRATEGIES = ("streaming", "separate")
 STRATEGY_TOKENS = (1, 4, 16, 64)
+BASELINES = {"cublas_fp16": L2, "cublas_fp16_product": ("cold",)}
+"""And the series of each."""
 
 _RULE = StopRule(relative_error=0.01, min_samples=10, min_seconds=0.0, max_seconds=0.1)
 _QUICK = StopRule(relative_error=0.05, min_samples=3, min_seconds=0.0, max_seconds=0.02)
@@ -97,8 +100,12 @@ def _run_cuda(ctx: Context) -> dict[str, Any]:
 def _unmeasured(ctx: Context, shape: Shape, reason: str) -> dict[str, Any]:
     """A shape without a time."""
     nothing = missing(reason)
-    floor = dict.fromkeys(L2, nothing)
-    return {**_facts(shape), "floor": floor, "tokens": [_entry(shape, n, nothing, floor, nothing) for n in ctx.tokens]}
+    floor, found = dict.fromkeys(L2, nothing), dict.fromkeys((*BASELINES, *ACTIVATIONS), nothing)
+    return {
+        **_facts(shape),
+        "floor": floor,
+        "tokens": [_entry(shape, n, found, floor, nothing, nothing) for n in ctx.tokens],
+    }
 
 
 # ---- one problem and its check --------------------------------------------------------------------------------------
@@ -225,35 +232,44 @@ class _Product:
         return [dense, *(dense.copy() for _ in range(copies - 1))]
 
     def measure(self) -> dict[str, Any]:
-        shape = self._p.shape
-
-        def row(what: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-            self._ctx.progress(f"{shape.name} {shape.m} x {shape.k}: {what}")
-            return self._ctx.row(f"latency/{shape.name}/{what}", "kernel", measure)
-
-        floor = with_conditions(row("floor", self._floor), L2)
-        found = {
-            n: row(f"{n} tokens", partial(self._series_of, n)) for n in self._ctx.shuffled(shape.name, self._ctx.tokens)
+        """Floor, baselines and activations in a random order, then the entries that compare them."""
+        shape, tokens = self._p.shape, self._ctx.tokens
+        measures: dict[Any, Callable[[], dict[str, Metric]]] = {
+            "floor": self._floor,
+            **{(n, name): partial(self._baseline, n, name) for n in tokens for name in BASELINES},
+            **{(n, activation): partial(self._fused, n, activation) for n in tokens for activation in ACTIVATIONS},
         }
-        entries = [
-            _entry(shape, n, found[n], floor, self._bandwidth, measured(self._p.bytes(n), "bytes"))
-            for n in self._ctx.tokens
-        ]
+        rows = {what: self._row(what, measures[what]) for what in self._ctx.shuffled(shape.name, measures)}
+        floor = with_conditions(rows["floor"], L2)
+        entries = []
+        for n in tokens:
+            found = {name: rows[n, name] for name in (*BASELINES, *ACTIVATIONS)}
+            entries.append(_entry(shape, n, found, floor, self._bandwidth, measured(self._p.bytes(n), "bytes")))
         return {**_facts(shape), "floor": floor, "tokens": entries}
+
+    def _row(self, what: Any, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        shape = self._p.shape
+        name = what if isinstance(what, str) else "{} tokens, {}".format(*what)
+        self._ctx.progress(f"{shape.name} {shape.m} x {shape.k}: {name}")
+        return self._ctx.row(f"latency/{shape.name}/{name}", "kernel", measure)
 
     def _floor(self) -> dict[str, Metric]:
         packed = [w.packed for w in self._copies]
         return {l2: _compact(measure_floor(self._ctx, packed, l2, self._rule)) for l2 in L2}
 
-    def _series_of(self, n: int) -> dict[str, Any]:
-        """Everything about `n` tokens at once: `baselines`, and of each activation {kernel, strategies}."""
-        x, y = (self._x[:n], self._y[:n]) if n > 1 else (self._x[0], self._y[0])
-        samples = {activation: self._p.sample(n, activation) for activation in ACTIVATIONS}
-        baselines = self._baselines(x, y, n, samples["float"])
-        return {"baselines": baselines, **{a: self._fused(x, y, n, a, samples[a]) for a in ACTIVATIONS}}
+    def _arrays(self, n: int) -> tuple[Any, Any]:
+        """x and y of `n` tokens; of one as vectors."""
+        return (self._x[:n], self._y[:n]) if n > 1 else (self._x[0], self._y[0])
 
-    def _fused(self, x: Any, y: Any, n: int, activation: str, sample: Sample) -> dict[str, dict[str, Metric]]:
-        """The series of the adaptive strategy (`kernel`), and, cold, of the two that it chooses from (`strategies`)."""
+    def _in_any_order(self, what: str, measures: Mapping[str, Callable[[], Metric]]) -> dict[str, Metric]:
+        """What each measures, one after the other as the seed says."""
+        return {name: measures[name]() for name in self._ctx.shuffled(f"{self._p.shape.name} {what}", measures)}
+
+    def _fused(self, n: int, activation: str) -> dict[str, Metric]:
+        """The series of the adaptive strategy by the names of their L2, for one token also `alone`; and, cold, by their
+        names the two strategies that it chooses from."""
+        x, y = self._arrays(n)
+        sample = self._p.sample(n, activation)
 
         def series(strategy: str, l2: str = "cold") -> Metric:
             options = {"eps": EPS, "activation": activation, "strategy": strategy, "out": y}
@@ -263,40 +279,44 @@ class _Product:
                 self._failed(f"{self._p.shape.name}, N = {n}, {activation}, {strategy}: {found['reason']}")
             return found
 
-        kernel = {l2: series("adaptive", l2) for l2 in L2}
-        if n == 1:
+        def alone() -> Metric:
             with overlap(False):
-                kernel["alone"] = series("adaptive")
-        if wrong := next((figure for figure in kernel.values() if figure.get("wrong")), None):
-            kernel = dict.fromkeys(kernel, wrong)
-        return {"kernel": kernel, "strategies": {s: series(s) for s in STRATEGIES} if n in STRATEGY_TOKENS else {}}
+                return series("adaptive")
+
+        kernel: dict[str, Callable[[], Metric]] = {l2: partial(series, "adaptive", l2) for l2 in L2}
+        if n == 1:
+            kernel["alone"] = alone
+        strategies = {s: partial(series, s) for s in STRATEGIES} if n in STRATEGY_TOKENS else {}
+        found = self._in_any_order(f"{n} {activation}", {**kernel, **strategies})
+        if wrong := next((found[name] for name in kernel if found[name].get("wrong")), None):
+            found |= dict.fromkeys(kernel, wrong)
+        return found
 
     def _failed(self, line: str) -> None:
         if line not in self._ctx.failures:
             self._ctx.failures.append(line)
 
-    def _baselines(self, x: Any, y: Any, n: int, fused: Sample) -> dict[str, dict[str, Metric]]:
-        """RMSNorm (ours), then cublasGemmEx on the dense float16 weight; and, cold only, the product alone."""
+    def _baseline(self, n: int, name: str) -> dict[str, Metric]:
+        """Its series by their L2: RMSNorm (ours), then cublasGemmEx on the dense float16 weight; or that alone."""
         if isinstance(self._cublas, BaselineUnavailableError):
-            nothing = missing(str(self._cublas), "us")
-            return {"cublas_fp16": dict.fromkeys(L2, nothing), "cublas_fp16_product": {"cold": nothing}}
+            return dict.fromkeys(BASELINES[name], missing(str(self._cublas), "us"))
+        fused = name == "cublas_fp16"
+        x, y = self._arrays(n)
         product, normed = self._cublas.product, self._cp.empty_like(x)
+        sample = self._p.sample(n, "float", fused)
 
-        def norm_and_product(w: Any) -> None:
-            ec.rmsnorm(x, self._gamma, EPS, out=normed)
-            product(w, normed, y)
+        def call(w: Any) -> None:
+            if fused:
+                ec.rmsnorm(x, self._gamma, EPS, out=normed)
+            product(w, normed if fused else x, y)
 
-        def series(call: Callable[[Any], None], l2: str, sample: Sample) -> Metric:
+        def series(l2: str) -> Metric:
             try:
                 return self._series([partial(call, w) for w in self._dense], self._dense[0].nbytes, l2, y, sample)
             except BaselineUnavailableError as e:
                 return missing(str(e), "us")
 
-        alone = self._p.sample(n, "float", fused=False)
-        return {
-            "cublas_fp16": {l2: series(norm_and_product, l2, fused) for l2 in L2},
-            "cublas_fp16_product": {"cold": series(lambda w: product(w, x, y), "cold", alone)},
-        }
+        return self._in_any_order(f"{n} {name}", {l2: partial(series, l2) for l2 in BASELINES[name]})
 
     def _series(self, calls: Sequence[Call], copy_bytes: int, l2: str, y: Any, sample: Sample) -> Metric:
         """The compact `kernel` series; null when the result is wrong (then with ``wrong``) or memory does not last."""
@@ -308,15 +328,12 @@ class _Product:
             poison()
             calls[0]()
             if not (wrong := sample.check(y)):
-                series = timing.kernel(Rotation(calls, copy_bytes, l2, _launches(calls[0])), self._rule, poison)
+                rotation = Rotation(calls, copy_bytes, l2, timing.launches_of(calls[0]))
+                series = timing.kernel(rotation, self._rule, poison)
                 wrong = sample.check(y)
         except self._cp.cuda.memory.OutOfMemoryError as e:
             return missing(str(e), "us")
         return missing(f"wrong result: {wrong}", "us") | {"wrong": True} if wrong else _compact(series)
-
-
-def _launches(call: Call) -> int:
-    return timing.enough_launches(timing.device(call, timing.GLANCE)["median"]["value"])
 
 
 def _compact(series: dict[str, Any]) -> Metric:
@@ -345,31 +362,28 @@ def _facts(shape: Shape) -> dict[str, Any]:
 def _entry(
     shape: Shape,
     n: int,
-    found: dict[str, Any],
+    found: Mapping[str, dict[str, Any]],
     floor: Mapping[str, Metric],
     bandwidth: Metric,
-    moved: Metric | None = None,
+    moved: Metric,
 ) -> dict[str, Any]:
     """What the report says of `n` tokens.
 
     Args:
-        found: what :meth:`_Product._series_of` measured, or the null figure in its place.
+        found: row of each baseline and activation, or the null figure in its place.
         floor, bandwidth: what it is compared with.
-        moved: bytes, None where nothing was measured.
+        moved: bytes, null where nothing was measured.
     """
-    moved = moved or found
-    baselines = {
-        name: {l2: inner(found, "baselines", name, l2, unit="us") for l2 in l2s}
-        for name, l2s in (("cublas_fp16", L2), ("cublas_fp16_product", ("cold",)))
-    }
+    baselines = {name: with_conditions(found[name], l2s) for name, l2s in BASELINES.items()}
     series = (*L2, "alone") if n == 1 else L2
     strategies = STRATEGIES if n in STRATEGY_TOKENS else ()
-    about = {"boundary": "kernel", "conditions": inner(found, "conditions")}
     rows = []
     for activation in ACTIVATIONS:
-        kernel = {name: inner(found, activation, "kernel", name, unit="us") for name in series}
-        two = {name: inner(found, activation, "strategies", name, unit="us") for name in strategies}
-        rows.append({**_row(shape, n, activation, kernel, two, floor, baselines, moved, bandwidth), **about})
+        kernel, two = (
+            {name: inner(found[activation], name, unit="us") for name in names} for names in (series, strategies)
+        )
+        row = _row(shape, n, activation, kernel, two, floor, baselines, moved, bandwidth)
+        rows.append({**row, **about(found[activation])})
     return {"n": n, "bytes": moved, "baselines": baselines, "rows": rows}
 
 
@@ -386,25 +400,26 @@ def _row(
 ) -> dict[str, Any]:
     """One activation's times and what follows from them; the rates are those of a cold L2."""
     cold = kernel["cold"]
-    rate = quotient(moved, cold, "GB/s", 1e-3)
+    rate = moved if moved["value"] is None else statistics.rate(cold, moved["value"] / 1e3, "GB/s")
     every = (*kernel.values(), *strategies.values())
     unknown = all(figure["value"] is None and not figure.get("wrong") for figure in every)  # nothing was checked
     row: dict[str, Any] = {
         "activation": activation,
         "correct": missing(cold["reason"]) if unknown else not any(figure.get("wrong") for figure in every),
         "kernel": dict(kernel),
-        "ratio_to_floor": {l2: quotient(kernel[l2], floor[l2]) for l2 in L2},
-        "warm_over_cold": quotient(kernel["warm"], cold),
+        "ratio_to_floor": {l2: statistics.ratio(kernel[l2], floor[l2]) for l2 in L2},
+        "warm_over_cold": statistics.ratio(kernel["warm"], cold),
         "gb_per_s": rate,
-        "bandwidth_pct": quotient(rate, bandwidth, "%", 100),
-        "tera_ops": quotient(measured(2.0 * shape.m * shape.k * n), cold, "TOP/s", 1e-6),
+        "bandwidth_pct": statistics.ratio(rate, bandwidth, "%", 100),
+        "tera_ops": statistics.rate(cold, 2 * shape.m * shape.k * n / 1e6, "TOP/s"),
         "speedup_over": {
-            name: {l2: quotient(series, kernel[l2]) for l2, series in pair.items()} for name, pair in baselines.items()
+            name: {l2: statistics.ratio(series, kernel[l2]) for l2, series in pair.items()}
+            for name, pair in baselines.items()
         },
     }
     if strategies:
         row["strategies"] = dict(strategies)
         known = [figure for figure in strategies.values() if figure["value"] is not None]
         better = min(known, key=lambda figure: figure["value"]) if known else strategies["streaming"]
-        row["over_better_strategy"] = quotient(cold, better)
+        row["over_better_strategy"] = statistics.ratio(cold, better)
     return row

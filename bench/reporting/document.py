@@ -121,6 +121,14 @@ _TITLES = {
 def section(name: str, figures: dict[str, Any]) -> list[Block]:
     """A part: what its own layout or the general one makes of it, then the statistics of its main series."""
     blocks = _latency(figures) if name == "latency" else body(layout.without_windows(figures), 3)
+    if name != "latency" and (count := layout.count_throttled(figures)):  # its lines are marked one by one
+        blocks.insert(
+            0,
+            Paragraph(
+                f"**throttled: {count} of the measurements below.** The GPU held its clocks down meanwhile, as their "
+                "conditions say. Ratios, per cents, sums and fits that are made of them rest on them too."
+            ),
+        )
     if windows := list(layout.windows(figures, "")):
         blocks += [Heading(3, "Windows"), table(windows), *reasons(windows)]
     if rows := statistics(name, figures):
@@ -135,31 +143,62 @@ _PRODUCT_COLUMNS = [
 _PRODUCT_NOTE = (
     "Medians in microseconds, batch 1. `x vs`, with a cold L2: how many times as long the same takes otherwise, by "
     "RMSNorm and float16 cuBLAS (a product alone: by cuBLAS), or in separate launches of ours. `/ floor`: over a "
-    "kernel that only reads the same bytes."
+    f"kernel that only reads the packed weight. {table_figures.BELOW_THE_FLOOR}"
+)
+_THROTTLED_NOTE = (
+    "**throttled**: the GPU held its clocks down meanwhile, or while it measured what the mark names; ratios and per "
+    "cents that are made of it rest on it too. See `conditions` in report.json."
 )
 
 
 def _latency(figures: dict[str, Any]) -> list[Block]:
     rest = {key: value for key, value in figures.items() if key not in ("products", "table", "summary")}
+    bandwidth = figures.get("bandwidth")
+    if "points" in (figures.get("roofline") or {}):
+        rest["roofline"] = _roofline(figures, bandwidth)
     if "table" in figures:
-        return [*body(rest, 3), *shapes(figures["table"], figures["summary"])]
-    return [*body(rest, 3), *products(figures["products"])]
+        return [*body(rest, 3), *shapes(figures["table"], bandwidth)]
+    return [*body(rest, 3), *products(figures["products"], bandwidth)]
 
 
-def products(by_layer: dict[str, Any]) -> list[Block]:
-    """A line for each operation on each product, and one for what each product is compared with."""
+def _roofline(figures: dict[str, Any], bandwidth: Metric | None) -> dict[str, Any]:
+    """The roofline, its points marked as the lines are that they come from (:func:`..parts.roofline.roofline`)."""
+    found = [
+        (f"{layer}, {row['op']}", row["activation"], throttled(row, product, bandwidth))
+        for layer, product in layout.measured_products(figures).items()
+        for row in layout.measured_rows(product["rows"])
+    ]
+    if "table" in figures:
+        found += [
+            (f"{line['shape']}, N = {line['n']}", line["activation"], line["throttled"])
+            for line in table_figures.lines(figures["table"], bandwidth)
+        ]
+    of_points = (table_figures.OWN, "bandwidth")
+    marks = {(name, activation): _mark([n for n in names if n in of_points]) for name, activation, names in found}
+    points = [
+        {**point, "name": f"{point['name']}{marks.get((point['name'], point['activation']), '')}"}
+        for point in figures["roofline"]["points"]
+    ]
+    return {**figures["roofline"], "points": points}
+
+
+def products(by_layer: dict[str, Any], bandwidth: Metric | None = None) -> list[Block]:
+    """A line for each operation on each product, and one for what each product is compared with.
+
+    bandwidth: of the run, for the mark of what ran throttled.
+    """
     rows, yardsticks = [], []
     for layer, product in layout.measured_products({"products": by_layer}).items():
         size = f"{product['m']} x {product['k']}"
-        rows += [[layer, size, *_product_row(row)] for row in layout.measured_rows(product["rows"])]
+        for row in layout.measured_rows(product["rows"]):
+            name, *cells = _product_row(row)
+            rows.append([layer, size, f"{name}{_mark(throttled(row, product, bandwidth))}", *cells])
         baselines = {f"{name} cold": layout.one_l2(series, "cold") for name, series in product["baselines"].items()}
         floor = {f"floor {l2}": series for l2, series in product["floor"].items()}
         yardsticks.append({"product": layer, "M x K": size, **floor, **baselines})
     blocks: list[Block] = [Heading(3, "Products"), Paragraph(_PRODUCT_NOTE), _without_nulls(_PRODUCT_COLUMNS, rows)]
-    if layout.count_throttled(by_layer):
-        blocks.append(
-            Paragraph("**throttled**: the GPU held its clocks down meanwhile, see `conditions` in report.json.")
-        )
+    if layout.count_throttled([by_layer, bandwidth]):
+        blocks.append(Paragraph(_THROTTLED_NOTE))
     blocks += reasons(by_layer)
     if any(layout.is_series(value) for row in yardsticks for value in row.values()):  # none on NumPy
         blocks += [Heading(3, "What they are compared with"), table(yardsticks)]
@@ -172,20 +211,45 @@ def _without_nulls(columns: list[str], rows: list[list[str]]) -> Table:
     return Table([columns[i] for i in kept], [[row[i] for i in kept] for row in rows])
 
 
-def shapes(figures: dict[str, Any], summary: dict[str, Metric]) -> list[Block]:
-    """The table of shapes: its summary, then a line for each shape, number of tokens and activation."""
+def throttled(row: dict[str, Any], product: dict[str, Any], bandwidth: Metric | None) -> list[str]:
+    """What of a row of a product, and of what it is compared with, ran throttled: see :func:`.table_figures.throttled`.
+
+    product: that of the row, with floor and baselines.
+    bandwidth: of the run.
+    """
+    baselines = {name: layout.one_l2(product["baselines"].get(name), "cold") for name in row.get("speedup_over", {})}
+    floor = layout.one_l2(product["floor"], "cold")
+    return table_figures.throttled({table_figures.OWN: row, "floor": floor, **baselines, "bandwidth": bandwidth})
+
+
+def shapes(figures: dict[str, Any], bandwidth: Metric | None = None) -> list[Block]:
+    """The table of shapes: its summary, then a line for each shape, number of tokens and activation.
+
+    The summary is made anew: what the report has, and the marks of what ran throttled, which one of before 1.3 was
+    released lacks.
+
+    bandwidth: of the run, for the mark of what ran throttled.
+    """
     columns = ["shape", "M x K", "N", "activation", *table_figures.COLUMNS.values()]
     rows = []
-    for line in table_figures.lines(figures):
+    for line in table_figures.lines(figures, bandwidth):
         cells = [table_figures.cell(line[key]) for key in table_figures.COLUMNS]
-        rows.append([line["shape"] + _marks(line["row"]), line["size"], str(line["n"]), line["activation"], *cells])
-    lines = [Heading(3, "Shapes"), Paragraph(table_figures.NOTES), Table(columns, rows), *reasons(figures)]
-    return [Heading(3, "Summary of the shapes"), *body(summary, 3), *lines]
+        name = f"{line['shape']}{_wrong(line['row'])}{_mark(line['throttled'])}"
+        rows.append([name, line["size"], str(line["n"]), line["activation"], *cells])
+    notes = [Paragraph(table_figures.NOTES)]
+    if layout.count_throttled([figures, bandwidth]):
+        notes.append(Paragraph(_THROTTLED_NOTE))
+    lines = [Heading(3, "Shapes"), *notes, Table(columns, rows), *reasons(figures)]
+    return [Heading(3, "Summary of the shapes"), *body(table_figures.summary(figures), 3), *lines]
 
 
-def _marks(row: dict[str, Any]) -> str:
-    throttled = " **throttled**" if layout.is_throttled(row["conditions"]) else ""
-    return f"{'' if row['correct'] else ' **wrong**'}{throttled}"
+def _mark(names: list[str]) -> str:
+    said = table_figures.mark(names)
+    return f" **{said}**" if said else ""
+
+
+def _wrong(row: dict[str, Any]) -> str:
+    return "" if row["correct"] else " **wrong**"
 
 
 def _product_row(row: dict[str, Any]) -> list[str]:
@@ -199,7 +263,7 @@ def _product_row(row: dict[str, Any]) -> list[str]:
         *(floor["cold"], row["gb_per_s"], row["bandwidth_pct"]),
         *(kernel["warm"], floor["warm"], row["device"], row["end_to_end"]),
     ]
-    return [row["op"] + _marks(row), row["activation"], *map(layout.short, figures)]
+    return [row["op"] + _wrong(row), row["activation"], *map(layout.short, figures)]
 
 
 _STATISTICS = ("mean", "std", "min", "max", "p50", "p90", "p95", "p99", "variance", "gap_variance", "longest_stall")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
+from .. import statistics
 from ..metrics import Metric, measured, missing
+from . import layout
 
 MIDDLE = ("2B4T", "Llama-8B")
 """Models that the figures of several tokens at once are judged by."""
@@ -30,24 +30,33 @@ COLUMNS = {
 }
 """Figures of a line and their headings."""
 
+BELOW_THE_FLOOR = (
+    "Our launches may start before their predecessor has ended (programmatic dependent launch), the floor's never do: "
+    "a ratio to the floor below 1 is no error."
+)
+
 NOTES = (
     "Medians in microseconds, float16 x and gamma, of RMSNorm + ternary product in CUDA graphs with a cold L2; `warm` "
     "repeats one copy of the weight. `floor` is a kernel that only reads the packed weight, each launch after the end "
-    "of the one before. Our launches may start before their predecessor has ended (programmatic dependent launch), so "
-    "that a `ratio` to the floor below 1 would be no error; `alone` is the same launch without that. `cuBLAS` is "
-    "RMSNorm, then cublasGemmEx in float16, `faster` how many times as long that takes, `GEMM` the latter alone. "
+    f"of the one before. {BELOW_THE_FLOOR} `alone` is our launch without that. `cuBLAS` is RMSNorm, then cublasGemmEx "
+    "in float16, `faster` how many times as long that takes, `GEMM` the latter alone. "
     "`/ best`: over the better of the strategies streaming and separate. `% bw`: of the bandwidth of this run. "
     "A graph has at least 50 launches, or fewer that take 5 ms."
 )
 
 
-def lines(table: dict[str, Any]) -> Iterator[Line]:
+def lines(table: dict[str, Any], bandwidth: Metric | None = None) -> Iterator[Line]:
     """One for each shape, number of tokens and activation: what it is, its figures by the names of :data:`COLUMNS`,
-    and `row`, the entry of the JSON that they come from. A figure that does not belong to the line is None."""
+    `row`, the entry of the JSON that they come from, and `throttled`, see :func:`throttled`. A figure that does not
+    belong to the line is None.
+
+    bandwidth: what `bandwidth_pct` refers to, for the mark of what ran throttled.
+    """
     for shape in table["shapes"]:
         for entry in shape["tokens"]:
             cublas, product = (entry["baselines"][f"cublas_fp16{name}"]["cold"] for name in ("", "_product"))
             for row in entry["rows"]:
+                alike = {"conditions": row["conditions"]}  # before 1.3 was released, the baselines ran in the same row
                 yield {
                     "shape": f"{shape['model']} {shape['layer']}",
                     "model": shape["model"],
@@ -67,7 +76,37 @@ def lines(table: dict[str, Any]) -> Iterator[Line]:
                     "tera_ops": row["tera_ops"] if entry["n"] >= 16 else None,
                     "over_better": row.get("over_better_strategy"),
                     "row": row,
+                    "throttled": throttled(
+                        {
+                            OWN: row,
+                            "floor": shape["floor"]["cold"],
+                            "cuBLAS": {**alike, **cublas},
+                            "GEMM": {**alike, **product},
+                            "bandwidth": bandwidth,
+                        }
+                    ),
                 }
+
+
+# ---- throttling -----------------------------------------------------------------------------------------------------
+
+OWN = "time"
+"""The name, for :func:`throttled`, of what a line is about, beside what it is compared with."""
+
+
+def throttled(measurements: Mapping[str, Any]) -> list[str]:
+    """The names of those that ran while the GPU held its clocks down.
+
+    measurements: name -> the figure, series or row, with its `conditions`; what has none, or is None, did not.
+    """
+    return [name for name, m in measurements.items() if m and layout.is_throttled(m.get("conditions") or {})]
+
+
+def mark(names: Collection[str]) -> str:
+    """What is said of a line whose :func:`throttled` are these: of what, unless it is its own time; empty for none."""
+    if not names or OWN in names:
+        return "throttled" if names else ""
+    return f"throttled: {', '.join(names)}"
 
 
 # ---- summary --------------------------------------------------------------------------------------------------------
@@ -75,6 +114,8 @@ def lines(table: dict[str, Any]) -> Iterator[Line]:
 
 def summary(table: dict[str, Any]) -> dict[str, Metric]:
     """The figures that the table is judged by. A `_max` or `_min` says in `where` which line it is of.
+
+    `throttled` of a figure: how many of the lines that it is made of rest on something that ran throttled.
 
     One that rests on lines that were not measured is null.
     """
@@ -92,64 +133,77 @@ def summary(table: dict[str, Any]) -> dict[str, Metric]:
 
     figures: dict[str, Metric] = {}
     for activation in ("int8", "float"):
-        one = [(line, line["ratio"]) for line in select(1, activation)]
-        figures[f"ratio_to_floor_{activation}_geomean"] = _aggregate(one, _geomean)
-        figures[f"ratio_to_floor_{activation}_max"] = _extreme(one, max)
-        gain = [(line, quotient(line["alone"], line["time"])) for line in select(1, activation)]
-        figures[f"alone_over_time_{activation}_geomean"] = _aggregate(gain, _geomean)
-    alone = {line["shape"]: line["time"] for line in select(1, "int8")}
+        first = select(1, activation)
+        floor = [_of(line["ratio"], line, OWN, "floor") for line in first]
+        figures[f"ratio_to_floor_{activation}_geomean"] = _aggregate(floor, statistics.geometric_mean)
+        figures[f"ratio_to_floor_{activation}_max"] = _extreme(floor, max)
+        gain = [_of(statistics.ratio(line["alone"], line["time"]), line, OWN) for line in first]
+        figures[f"alone_over_time_{activation}_geomean"] = _aggregate(gain, statistics.geometric_mean)
+    one = {line["shape"]: line for line in select(1, "int8")}
+    unknown = {"time": missing("N = 1 was not measured"), "throttled": []}
     for n in (2, 4, 8):
-        several = [
-            (line, quotient(line["time"], alone.get(line["shape"], missing("N = 1 was not measured"))))
-            for line in select(n, "int8", MIDDLE)
-        ]
-        figures[f"time_{n}_tokens_over_1_geomean"] = _aggregate(several, _geomean)
+        several = []
+        for line in select(n, "int8", MIDDLE):
+            beside = one.get(line["shape"], unknown)
+            slowed = {OWN} & {*line["throttled"], *beside["throttled"]}
+            several.append((line, statistics.ratio(line["time"], beside["time"]), bool(slowed)))
+        figures[f"time_{n}_tokens_over_1_geomean"] = _aggregate(several, statistics.geometric_mean)
     for activation in ("int8", "float"):
-        rate = [(line, quotient(line["product"], line["time"])) for line in select(2048, activation, MIDDLE)]
-        figures[f"rate_over_cublas_product_2048_{activation}_geomean"] = _aggregate(rate, _geomean)
+        rate = [
+            _of(statistics.ratio(line["product"], line["time"]), line, OWN, "GEMM")
+            for line in select(2048, activation, MIDDLE)
+        ]
+        figures[f"rate_over_cublas_product_2048_{activation}_geomean"] = _aggregate(rate, statistics.geometric_mean)
         figures[f"rate_over_cublas_product_2048_{activation}_min"] = _extreme(rate, min)
-    batches = [(line, line["over_cublas"]) for line in select(range(16, 257), "int8", MIDDLE)]
-    figures["faster_than_cublas_16_to_256"] = _aggregate(batches, lambda values: sum(v > 1 for v in values), None) | {
-        "of": len(batches)
-    }
+    batches = [_of(line["over_cublas"], line, OWN, "cuBLAS") for line in select(range(16, 257), "int8", MIDDLE)]
+    figures["faster_than_cublas_16_to_256"] = _aggregate(batches, _above_one, None)
     figures["faster_than_cublas_16_to_256_min"] = _extreme(batches, min)
-    figures["warm_over_cold_max"] = _extreme([(line, line["row"]["warm_over_cold"]) for line in all_lines], max)
-    choices = [(line, line["over_better"]) for line in all_lines if line["over_better"] is not None]
+    warm = [_of(line["row"]["warm_over_cold"], line, OWN) for line in all_lines]
+    figures["warm_over_cold_max"] = _extreme(warm, max)
+    choices = [_of(line["over_better"], line, OWN) for line in all_lines if line["over_better"] is not None]
     figures["adaptive_over_better_strategy_max"] = _extreme(choices, max)
     return figures
 
 
-Figures = list[tuple[Line, Metric]]
+Figure = tuple[Line, Metric, bool]
+"""A figure, its line, and whether something that it is made of ran throttled."""
 
 
-def _aggregate(figures: Figures, how: Callable[[list[float]], float], unit: str | None = "x") -> Metric:
-    """`how` of all values, or null with the reason of the first that is missing."""
+def _of(figure: Metric, line: Line, *names: str) -> Figure:
+    """The figure of a line that is made of what :func:`throttled` calls by these names."""
+    return line, figure, any(name in line["throttled"] for name in names)
+
+
+def _aggregate(figures: list[Figure], how: Callable[[list[Metric]], Metric], unit: str | None = "x") -> Metric:
+    """`how` of all, or null with the reason of the first that is missing; `throttled`: how many rest on what was."""
     if not figures:
         return missing("none of its lines was measured", unit)
-    if reason := next((metric["reason"] for _, metric in figures if metric["value"] is None), None):
+    if reason := next((metric["reason"] for _, metric, _ in figures if metric["value"] is None), None):
         return missing(reason, unit)
-    return measured(how([metric["value"] for _, metric in figures]), unit, n=len(figures))
+    slowed = sum(throttled for _, _, throttled in figures)
+    found = how([metric for _, metric, _ in figures])
+    return found | ({"throttled": f"{slowed} of {len(figures)}"} if slowed else {})
 
 
-def _extreme(figures: Figures, how: Callable[..., Any]) -> Metric:
+def _extreme(figures: list[Figure], how: Callable[..., Any]) -> Metric:
     """The largest or smallest value and the line that has it; see :func:`_aggregate`."""
-    found = _aggregate(figures, how)
+
+    def value(metric: Metric) -> float:
+        return float(metric["value"])
+
+    found = _aggregate(figures, lambda metrics: measured(how(map(value, metrics)), "x", n=len(metrics)))
     if found["value"] is None:
         return found
-    line = how(figures, key=lambda figure: figure[1]["value"])[0]
-    return found | {"where": f"{line['shape']}, N = {line['n']}, {line['activation']}"}
+    line, _, slowed = how(figures, key=lambda figure: value(figure[1]))
+    where = f"{line['shape']}, N = {line['n']}, {line['activation']}"
+    return found | {"where": f"{where}, throttled" if slowed else where}
 
 
-def _geomean(values: list[float]) -> float:
-    return float(np.exp(np.mean(np.log(values))))
+def _above_one(metrics: list[Metric]) -> Metric:
+    return measured(sum(metric["value"] > 1 for metric in metrics), n=len(metrics), of=len(metrics))
 
 
-def quotient(above: Metric, below: Metric, unit: str = "x", factor: float = 1.0) -> Metric:
-    """above / below * factor, or null with the reason of the one that is missing."""
-    for figure in (above, below):
-        if figure["value"] is None:
-            return missing(figure["reason"], unit)
-    return measured(factor * above["value"] / below["value"], unit)
+THROTTLED_LINES = "*: the GPU held its clocks down in something that the line rests on."
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------
@@ -162,13 +216,18 @@ def cell(figure: Metric | None) -> str:
     return "null" if figure["value"] is None else f"{figure['value']:#.4g}".rstrip(".")
 
 
-def text(table: dict[str, Any]) -> str:
-    """The table and its summary in columns of fixed width, for a terminal of 140."""
+def text(table: dict[str, Any], bandwidth: Metric | None = None) -> str:
+    """The table and its summary in columns of fixed width, for a terminal of 140. `bandwidth`: see :func:`lines`."""
     heads = ["shape", "M x K", "N", "", *COLUMNS.values()]
+    all_lines = list(lines(table, bandwidth))
     rows = [
-        [line["shape"], line["size"], str(line["n"]), line["activation"], *(cell(line[key]) for key in COLUMNS)]
-        for line in lines(table)
+        [
+            *(line["shape"], line["size"], str(line["n"]), line["activation"] + (" *" if line["throttled"] else "")),
+            *(cell(line[key]) for key in COLUMNS),
+        ]
+        for line in all_lines
     ]
+    note = ["", THROTTLED_LINES] if any(line["throttled"] for line in all_lines) else []
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
 
     def joined(cells: list[str]) -> str:
@@ -179,12 +238,14 @@ def text(table: dict[str, Any]) -> str:
     figures = summary(table)
     width = max(map(len, figures))
     found = [f"{key:<{width}}  {_said(figure)}" for key, figure in figures.items()]
-    return "\n".join([joined(heads), *map(joined, rows), "", *found])
+    return "\n".join([joined(heads), *map(joined, rows), *note, "", *found])
 
 
 def _said(figure: Metric) -> str:
     if figure["value"] is None:
         return f"null ({figure['reason']})"
     value = figure["value"]
-    where = f"  ({figure['where']})" if "where" in figure else ""
-    return f"{value} of {figure['of']}" if "of" in figure else f"{value:.3f}{where}"
+    said = f"{value} of {figure['of']}" if "of" in figure else f"{value:.3f}"
+    throttled = [f"throttled: {figure['throttled']}"] if "throttled" in figure else []
+    about = "; ".join([figure["where"], *throttled] if "where" in figure else throttled)
+    return f"{said}  ({about})" if about else said

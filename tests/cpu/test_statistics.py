@@ -384,6 +384,8 @@ def test_the_interval_of_a_rate_covers_it_as_often_as_that_of_the_time() -> None
 def test_a_time_of_zero_has_no_rate() -> None:
     zero = statistics.rate(statistics.median([0.0] * 10, "us"), 1, "GB/s")
     assert zero == {"value": None, "unit": "GB/s", "reason": "a time of 0 us: shorter than the clock can tell"}
+    unknown = statistics.rate({"value": None, "unit": "us", "reason": "no GPU"}, 1, "GB/s")
+    assert unknown == {"value": None, "unit": "GB/s", "reason": "no GPU"}
     partly = statistics.rate({"value": 1.0, "unit": "us", "n": 9, "ci95": [0.0, 2.0]}, 1, "GB/s")
     assert partly["value"] == 1.0
     assert partly["ci95"] is None
@@ -399,6 +401,23 @@ def test_a_ratio_by_hand() -> None:
     assert statistics.ratio(exact, above)["ci95"] == pytest.approx([1 / 16, 1 / 2])
     both = statistics.ratio(above, {**above, "ci95": [1.0, 16.0]})["ci95"]  # binary logarithms -1, 2 over -3, 1
     assert both == pytest.approx([2 ** -math.hypot(1, 1), 2 ** math.hypot(2, 3)])
+
+
+def test_a_ratio_in_per_cent_has_its_interval_in_per_cent() -> None:
+    part = {"value": 1.0, "ci95": [0.5, 2.0]}
+    whole = {"value": 4.0, "ci95": [4.0, 4.0]}
+    share = statistics.ratio(part, whole, "%", 100)
+    assert share == {"value": 25.0, "unit": "%", "ci95": pytest.approx([12.5, 50.0])}
+
+
+def test_a_geometric_mean_by_hand() -> None:
+    ratios = [{"value": 1.0, "ci95": [0.5, 4.0]}, {"value": 4.0, "ci95": [4.0, 4.0]}]
+    mean = statistics.geometric_mean(ratios)
+    assert mean == {"value": pytest.approx(2.0), "unit": "x", "n": 2, "ci95": pytest.approx([2**0.5, 4.0])}
+    alike = statistics.geometric_mean(ratios[:1] * 4)["ci95"]  # four of one width: half as wide, on logarithms
+    assert alike == pytest.approx([0.5**0.5, 2.0])
+    without = statistics.geometric_mean([*ratios, {"value": 1.0}])
+    assert (without["ci95"], without["ci95_reason"]) == (None, "no interval of all")
 
 
 def test_a_ratio_without_its_parts_is_null_or_has_no_interval() -> None:

@@ -11,11 +11,11 @@ import pytest
 from typer.testing import CliRunner
 
 import edgellm_cupy as ec
-from edgellm_cupy import cli, runtime
+from edgellm_cupy import cli, kernels, runtime
 from edgellm_cupy.bench import statistics, suite, timing
 from edgellm_cupy.bench.context import Context
 from edgellm_cupy.bench.metrics import measured, missing
-from edgellm_cupy.bench.parts import baselines, reproducibility, table
+from edgellm_cupy.bench.parts import baselines, latency, reproducibility, table
 from edgellm_cupy.bench.parts.roofline import RoofFacts
 from edgellm_cupy.bench.parts.shapes import TABLE, TOKENS, Shape
 from edgellm_cupy.bench.reporting import report, table_figures
@@ -149,7 +149,8 @@ def gpu(monkeypatch) -> FakeGpu:
     for module, name, stand_in in (
         (ec, "rmsnorm_ternary_matmul", gpu.fused),
         (ec, "rmsnorm", norm),
-        (suite, "_watched", lambda ctx: ([], ctx.telemetry)),
+        (suite, "_examined", lambda ctx: {"found": []}),
+        (suite, "_telemetry", lambda ctx: ctx.telemetry),
         (table, "current_roof_facts", lambda: RoofFacts(90, 132, measured(1980.0, "MHz"))),
         (table, "cold_weights", copies),
         (table, "measure_bandwidth", lambda ctx, rule: measured(4000.0, "GB/s")),
@@ -166,8 +167,10 @@ def gpu(monkeypatch) -> FakeGpu:
     return gpu
 
 
-def measure(tokens: tuple[int, ...]) -> report.Report:
-    result = suite.run(context(None, tokens), ["latency"], "edgellm bench latency --shapes table")
+def measure(tokens: tuple[int, ...], seed: int = 0) -> report.Report:
+    ctx = context(None, tokens)
+    ctx.seed = seed
+    result = suite.run(ctx, ["latency"], "edgellm bench latency --shapes table")
     assert result["errors"] == {}
     return json.loads(report._json(result))
 
@@ -190,6 +193,9 @@ def test_every_series_of_every_shape(gpu):
     assert sixteen["over_better"]["value"] == 1.0
     assert found[2]["over_better"] is None  # N = 2
     assert one["time"]["samples"] == [4.0] * 10
+    assert one["ratio"]["ci95"] == pytest.approx([2.0, 2.0])
+    assert one["bandwidth_pct"]["ci95_reason"] == "no interval of both"  # the stand-in of the bandwidth has none
+    assert all("conditions" in figure for figure in (one["floor"], one["cublas"], one["product"], one["row"]))
     assert one["row"]["correct"]
 
 
@@ -226,7 +232,7 @@ def test_a_wrong_result_has_no_speed(gpu, monkeypatch):
     monkeypatch.setattr(ec, "rmsnorm_ternary_matmul", wrong)
     result = measure((1,))
     assert suite.exit_code(result) == 4
-    assert [line.partition(": ")[0] for line in result["failures"]] == [
+    assert sorted(line.partition(": ")[0] for line in result["failures"]) == [
         "2B4T qkv, N = 1, float, adaptive",
         "2B4T qkv, N = 1, float, separate",
     ]
@@ -268,10 +274,51 @@ def test_memory_that_does_not_last_is_no_failure(gpu, monkeypatch):
     assert row["kernel"]["cold"] == {"value": None, "unit": "us", "reason": "out of memory"}
 
 
+def test_nothing_in_a_row_always_follows_the_same(gpu, monkeypatch):
+    monkeypatch.setattr(table, "TABLE", SMALL[:1])
+    first, pairs = set(), set()
+    for seed in range(12):
+        gpu.seen.clear()
+        measure((1, 16), seed)
+        ran = [(what, l2) for what, l2, _ in gpu.seen]
+        first.add(next(what for what, _ in ran if what in ("cuBLAS", "product", "adaptive")))
+        pairs |= {l2 for what, l2 in ran[:1]}
+    assert first == {"cuBLAS", "product", "adaptive"}
+    assert pairs == {"cold", "warm"}
+
+
+@pytest.mark.parametrize(("us", "launches"), [(1.0, 51), (230.0, 24), (4000.0, 9)])
+def test_a_floor_that_takes_long_needs_fewer_launches(monkeypatch, us, launches):
+    data = [np.arange(8, dtype=np.uint32).view(FakeArray) for _ in range(3)]
+    sink = np.zeros(1, np.uint32).view(FakeArray)
+    cp = fake_cupy()
+    cp.zeros, cp.uint32 = (lambda size, dtype: sink), np.uint32
+    cp.cuda.Device = lambda: SimpleNamespace(attributes={"MultiProcessorCount": 4})
+    seen = []
+
+    def kernel(rotation, rule):
+        seen.append(rotation.launches)
+        return FakeGpu.series(us, 3, rotation.launches)
+
+    def load(spec):
+        return lambda grid, block, arguments: sink.fill(np.bitwise_xor.reduce(data[0]))
+
+    monkeypatch.setitem(sys.modules, "cupy", cp)
+    monkeypatch.setattr(kernels, "load", load)
+    monkeypatch.setattr(timing, "device", lambda call, rule: FakeGpu.series(us, 1, 1))
+    monkeypatch.setattr(timing, "kernel", kernel)
+    ctx = context(None, ())
+    floor = latency.measure_floor(ctx, data, "cold", timing.QUICK)
+    assert ctx.failures == []
+    assert floor["median"]["value"] == us
+    assert set(seen) == {launches}  # whole rounds through three copies
+    assert len(seen) == 13
+
+
 @pytest.mark.parametrize(("us", "least"), [(1.0, 50), (100.0, 50), (250.0, 20), (1e4, 8)])
 def test_a_long_launch_needs_fewer_in_a_graph(monkeypatch, us, least):
     monkeypatch.setattr(timing, "device", lambda call, rule: FakeGpu.series(us, 1, 1))
-    assert table._launches(lambda: None) == least
+    assert timing.launches_of(lambda: None) == least
 
 
 # ---- what a reader sees ---------------------------------------------------------------------------------------------
@@ -287,9 +334,84 @@ def test_text_and_markdown_have_a_line_for_each_row(gpu):
     markdown = report.markdown(result)
     assert markdown.startswith("# edgellm benchmark: a table of 2 shapes on ")
     assert markdown.count("\n| 2B4T qkv | 70 x 128 | ") == 4
-    assert "| ratio_to_floor_int8_geomean | 2 x | n: 2 |" in markdown
+    assert "| ratio_to_floor_int8_geomean | 2 x | n: 2; interval 2 to 2 |" in markdown
+    assert "throttled" not in text
     assert "programmatic dependent launch" in markdown
     assert "| Model |" not in markdown
+
+
+THROTTLED = {"sm_clock_mhz": measured(1500.0, "MHz"), "throttled": measured(True)}
+
+
+def marked(result: report.Report) -> tuple[set[str], dict[str, str]]:
+    """Names and marks of the lines of Markdown, and `throttled` of each figure of the summary, made from this JSON."""
+    lines = report.markdown(json.loads(report._json(result))).splitlines()
+    summary = table_figures.summary(result["parts"]["latency"]["table"])
+    return (
+        {" |".join(line.split(" |")[:4]) for line in lines if " **throttled" in line and line.startswith("| ")},
+        {key: figure["throttled"] for key, figure in summary.items() if "throttled" in figure},
+    )
+
+
+def test_what_rests_on_a_throttled_row_is_marked(gpu):
+    result = measure((1, 2, 2048))
+    assert marked(result) == (set(), {})
+    row = result["parts"]["latency"]["table"]["shapes"][0]["tokens"][2]["rows"][0]
+    row["conditions"] = THROTTLED
+    lines, summary = marked(result)
+    assert lines == {
+        "| 2B4T qkv **throttled** | 70 x 128 | 2048 | int8",
+        "| 2B4T qkv, N = 2048 **throttled** | 2048 | cold | int8",  # of the roofline
+        "| 2B4T qkv, N = 2048 **throttled** | 2048 | warm | int8",
+    }
+    rate = "rate_over_cublas_product_2048_int8"
+    assert summary == {f"{rate}_geomean": "1 of 1", f"{rate}_min": "1 of 1", "warm_over_cold_max": "1 of 12"}
+    found = table_figures.summary(result["parts"]["latency"]["table"])
+    assert found[f"{rate}_min"]["where"] == "2B4T qkv, N = 2048, int8, throttled"
+    text = table_figures.text(result["parts"]["latency"]["table"])
+    assert [line.split()[5:7] for line in text.splitlines() if " * " in line] == [["2048", "int8"]]
+    assert f"{rate}_min" in text
+    assert "(2B4T qkv, N = 2048, int8, throttled; throttled: 1 of 1)" in text
+
+
+def test_what_rests_on_a_throttled_yardstick_is_marked(gpu):
+    result = measure((1, 2048))
+    latency = result["parts"]["latency"]
+    latency["table"]["shapes"][1]["floor"]["cold"]["conditions"] = THROTTLED
+    first, second = latency["table"]["shapes"][0]["tokens"]
+    first["baselines"]["cublas_fp16"]["cold"]["conditions"] = THROTTLED
+    second["baselines"]["cublas_fp16_product"]["cold"]["conditions"] = THROTTLED
+    lines, summary = marked(result)
+    assert lines == {
+        *(f"| SmolLM out **throttled: floor** | 40 x 64 | {n} | {a}" for n in (1, 2048) for a in ("int8", "float")),
+        *(f"| 2B4T qkv **throttled: cuBLAS** | 70 x 128 | 1 | {a}" for a in ("int8", "float")),
+        *(f"| 2B4T qkv **throttled: GEMM** | 70 x 128 | 2048 | {a}" for a in ("int8", "float")),
+    }
+    assert summary == {
+        **{f"ratio_to_floor_{a}_{how}": "1 of 2" for a in ("int8", "float") for how in ("geomean", "max")},
+        **{
+            f"rate_over_cublas_product_2048_{a}_{how}": "1 of 1"
+            for a in ("int8", "float")
+            for how in ("geomean", "min")
+        },
+    }
+    latency["bandwidth"]["conditions"] = THROTTLED
+    lines, _ = marked(result)
+    assert "| SmolLM out **throttled: floor, bandwidth** | 40 x 64 | 1 | int8" in lines
+    assert "| SmolLM out, N = 1 **throttled: bandwidth** | 1 | cold | int8" in lines
+
+
+def test_baselines_of_an_older_report_ran_in_the_row(gpu):
+    result = measure((2048,))
+    entry = result["parts"]["latency"]["table"]["shapes"][0]["tokens"][0]
+    for pair in entry["baselines"].values():
+        for figure in pair.values():
+            del figure["conditions"]
+    for row in entry["rows"]:
+        row["conditions"] = THROTTLED
+    line = next(table_figures.lines(result["parts"]["latency"]["table"]))
+    assert line["throttled"] == ["time", "cuBLAS", "GEMM"]
+    assert table_figures.mark(line["throttled"]) == "throttled"
 
 
 def test_without_a_gpu_everything_is_null_with_the_reason(tmp_path):
