@@ -36,7 +36,7 @@ from typing import Any
 import edgellm_cupy as ec
 
 from ..context import Context
-from ..metrics import Metric, measured, missing
+from ..metrics import measured, missing
 from . import child
 from .one_token import described, lookalike, warm_steps
 from .utilisation import CONTEXT
@@ -58,7 +58,6 @@ class KernelRun:
         start, end: nanoseconds of CUPTI's clock.
         grid, block: blocks and threads along x, y and z.
         stream: CUPTI's number of the stream.
-        in_graph: it ran as a node of a CUDA graph.
     """
 
     name: str
@@ -67,7 +66,6 @@ class KernelRun:
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     stream: int
-    in_graph: bool
 
 
 @dataclass(frozen=True)
@@ -149,15 +147,6 @@ class _KernelRecord(ctypes.Structure):
         ("correlationId", ctypes.c_uint32),
         ("gridId", ctypes.c_int64),
         ("name", ctypes.c_char_p),
-        ("reserved0", ctypes.c_void_p),
-        ("queued", ctypes.c_uint64),
-        ("submitted", ctypes.c_uint64),
-        ("launchType", ctypes.c_uint8),
-        ("isSharedMemoryCarveoutRequested", ctypes.c_uint8),
-        ("sharedMemoryCarveoutRequested", ctypes.c_uint8),
-        ("padding", ctypes.c_uint8),
-        ("sharedMemoryExecuted", ctypes.c_uint32),
-        ("graphNodeId", ctypes.c_uint64),
     ]
 
 
@@ -274,19 +263,13 @@ class Session:
     Args:
         library: with CUPTI's functions, and its name; found by :func:`load_cupti` when missing.
         synchronise: waits for the device; CuPy's when missing.
-        every_call: record all calls of the host, not only those that launch or wait.
 
     Raises:
         CuptiUnavailableError: on entering: there is no CUPTI, or it refuses.
     """
 
-    def __init__(
-        self,
-        library: tuple[Any, str] | None = None,
-        synchronise: Callable[[], None] = _synchronise,
-        every_call: bool = False,
-    ):
-        self._given, self._synchronise, self._every_call = library, synchronise, every_call
+    def __init__(self, library: tuple[Any, str] | None = None, synchronise: Callable[[], None] = _synchronise):
+        self._given, self._synchronise = library, synchronise
         self._subscriber = ctypes.c_void_p()
         self._enabled: list[int] = []
         self._buffers: dict[int, Any] = {}
@@ -371,7 +354,7 @@ class Session:
         self._enabled.append(kind)
         names = {cbid: self._name(domain, cbid) for cbid in range(1, _MOST_FUNCTIONS)}
         others = [cbid for cbid, name in names.items() if not (_LAUNCH.fullmatch(name) or _WAIT.fullmatch(name))]
-        if set_call is None or len(others) == len(names) or self._every_call:
+        if set_call is None or len(others) == len(names):
             return
         for cbid in others:
             set_call(ctypes.c_uint32(cbid), ctypes.c_uint8(0))  # refused for numbers that are no function
@@ -466,22 +449,7 @@ def _kernel_run(record: _KernelRecord) -> KernelRun:
         (record.gridX, record.gridY, record.gridZ),
         (record.blockX, record.blockY, record.blockZ),
         record.streamId,
-        bool(record.graphNodeId),
     )
-
-
-def trace(work: Callable[[], None]) -> Trace | Metric:
-    """What happens while `work` runs, until the device is idle; a null figure with the reason where CUPTI refuses.
-
-    `work` runs once before, to warm up. It is traced in this process: the module says what may go wrong.
-    """
-    try:
-        with Session() as session:
-            work()
-            session.settle()
-            return session.trace(work)
-    except CuptiUnavailableError as e:
-        return missing(str(e))
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ overlapping costs or gains is not in it.
 from __future__ import annotations
 
 import csv
+import math
 import re
 import shutil
 from typing import Any
@@ -60,7 +61,8 @@ def achieved_occupancy(ctx: Context, time_limit_s: float = TIME_LIMIT_S) -> dict
 def of_kernel(occupancy: dict[str, Any], name: str, grid: str) -> Metric:
     """measured_occupancy_pct of the kernel `name` in the launch shape `grid`, such as ``"60 x 1 x 1"``.
 
-    Null with the reason where it was not measured. occupancy: from :func:`achieved_occupancy`.
+    The kernels of a token have their threads in their names, so that the block tells no more. Null with the reason
+    where it was not measured. occupancy: from :func:`achieved_occupancy`.
     """
     if "kernels" not in occupancy:
         return missing(occupancy["reason"], "%")
@@ -144,8 +146,10 @@ def _number(row: dict[str, str]) -> float:
     """The value of a row, times in microseconds."""
     try:
         value = float(row["Metric Value"].replace(",", ""))
-    except ValueError as e:
-        raise _NcuError(f"ncu gave {row['Metric Value']!r} for {row['Metric Name']} of {row['Kernel Name']}") from e
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise _NcuError(f"ncu gave {row['Metric Value']!r} for {row['Metric Name']} of {row['Kernel Name']}")
     return value if row["Metric Unit"] == "%" else value * _to_us(row["Metric Unit"])
 
 

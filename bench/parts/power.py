@@ -2,8 +2,10 @@
 
 A window repeats the same work and nothing else. It begins and ends on a step of NVML's energy counter, with the device
 synchronised at both ends. A sampler thread reads the power meanwhile; its integral has to agree with the counter, or
-the window is marked ``suspect``. Idle windows of the same length, context alive, before and after all others, give net
-figures. Boards measure with an error of about 10 %: small differences between two GPUs or two runs mean nothing.
+the window is marked ``suspect``. Where the sensor averages over a second, the work has run for one before the window
+begins, lest what came before is in its readings. Idle windows of the same length, context alive, before and after all
+others, give net figures. Boards measure with an error of about 10 %: small differences between two GPUs or two runs
+mean nothing.
 
 The whole benchmark measures tokens and one product; `edgellm bench power` all products.
 
@@ -39,7 +41,7 @@ from ..machine.telemetry import Sampler
 from ..metrics import Metric, inner, measured, missing
 from .hardware import NvmlDevice, current_nvml_device
 from .latency import Operation, Problem, cold_weights
-from .utilisation import CONTEXT, Chunks, DecodeLoop
+from .utilisation import CONTEXT, SENSOR_LEAD_S, Chunks, DecodeLoop
 
 FEWEST_TICKS = 20
 SUSPECT_PCT = 5.0
@@ -48,7 +50,7 @@ SENSOR_NOTE = "boards measure with about 10 % of error"
 _SAMPLE_S = 0.02  # the counter of an H200 steps at most as often, the sensor every 25 ms at best
 _TICK_TIMEOUT_S = 2.0
 _SETTLE_S = 2.0  # after work a GPU keeps its clocks, and its draw, for a while
-_NO_COUNTER = "integral of the sampled power: this GPU has no energy counter"
+_NO_COUNTER = "this GPU has no energy counter"
 _PRODUCT = Operation("rmsnorm_ternary_matmul", "int8")
 
 
@@ -205,13 +207,17 @@ class Meter:
         self._device = device
         sensor = power_sensor(device)
         self._power, self.sensor = sensor.read, sensor.name
+        averages = sensor.read == device.power_usage and device.power_usage_window() != "instantaneous"
+        self._lead_s = SENSOR_LEAD_S if averages else 0.0
 
     def window(self, work: Work, seconds: float, calls_per_step: int = 1) -> dict[str, Any]:
         """Repeat `work` for at least `seconds`, from one step of the energy counter to another.
 
-        Keys: seconds, calls, joules (of the window), mean_power_w, ticks (steps of the counter that were seen),
-        sampled_power_w, integral_j, counter_minus_integral_pct, suspect.
+        Keys: seconds, calls, joules (of the window), mean_power_w, ticks (steps of the counter that were seen; None
+        without a counter, with `ticks_reason`), sampled_power_w, integral_j, counter_minus_integral_pct, suspect.
         """
+        if self._lead_s:
+            work.for_seconds(self._lead_s)
         probes = {"power_w": self._power, "energy_j": self._device.energy}
         with Sampler(probes, interval_s=_SAMPLE_S) as sampler:
             begin = self._next_step(work)
@@ -226,11 +232,14 @@ class Meter:
         )
         counts = sampler.values("energy_j", begin.at, end.at)
         ticks = sum(a != b for a, b in pairwise(counts))
-        without = {**integral, "source": f"{_NO_COUNTER}; {self.sensor}"}
+        without = {**integral, "source": f"integral of the sampled power: {_NO_COUNTER}; {self.sensor}"}
         joules = _joules(begin.joules, end.joules, ticks) if counts else without
-        figures = {"seconds": elapsed, "calls": calls, "joules": joules, "ticks": ticks, "sampled_power_w": power}
         return {
-            **figures,
+            "seconds": elapsed,
+            "calls": calls,
+            "joules": joules,
+            **({"ticks": ticks} if counts else {"ticks": None, "ticks_reason": _NO_COUNTER}),
+            "sampled_power_w": power,
             "mean_power_w": _divided(joules, elapsed, "W"),
             "integral_j": integral,
             **(
@@ -294,18 +303,18 @@ def _disagreement_unknown(reason: str) -> dict[str, Metric]:
 def per_call(windows: Sequence[dict[str, Any]], idle: Sequence[dict[str, Any]], **detail: Any) -> dict[str, Metric]:
     """Joules of one call: median over the windows, as drawn (`gross_j`) and above idle (`net_j`), with `detail`.
 
-    Their `suspect` is true when any window is, and null when none is but one cannot tell. A window without an energy
-    is left out; with none left the figures are null with the first one's reason. `idle`: windows without work.
+    Their `suspect` is true when any window is, and null, with `suspect_reason`, when none is but one cannot tell;
+    `ticks`, the fewest of a window, is null, with `ticks_reason`, without a counter. A window without an energy is left
+    out; with none left the figures are null with the first one's reason. `idle`: windows without work.
     """
     usable = [w for w in windows if inner(w, "joules")["value"] is not None]
     if not usable:
         nothing = missing(inner(windows[0], "joules")["reason"], "J")
         return {"gross_j": nothing, "net_j": nothing}
-    suspect = [w["suspect"]["value"] for w in usable]
     detail |= {
-        "ticks": min(w["ticks"] for w in usable),
+        **_fewest_ticks(usable),
         "source": usable[0]["joules"]["source"],
-        "suspect": True if True in suspect else None if None in suspect else False,
+        **_suspect(usable),
         "note": SENSOR_NOTE,
     }
     gross = statistics.median([w["joules"]["value"] / w["calls"] for w in usable], "J", **detail)
@@ -317,6 +326,19 @@ def per_call(windows: Sequence[dict[str, Any]], idle: Sequence[dict[str, Any]], 
     above = [(w["joules"]["value"] - idle_w * w["seconds"]) / w["calls"] for w in usable]
     net = statistics.median(above, "J", idle_w=idle_w, idle_windows=idle_windows, **detail)
     return {"gross_j": gross, "net_j": net}
+
+
+def _fewest_ticks(windows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    if without := [w["ticks_reason"] for w in windows if w["ticks"] is None]:
+        return {"ticks": None, "ticks_reason": without[0]}
+    return {"ticks": min(w["ticks"] for w in windows)}
+
+
+def _suspect(windows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    if any(w["suspect"]["value"] for w in windows):
+        return {"suspect": True}
+    unknown = [w["suspect"]["reason"] for w in windows if w["suspect"]["value"] is None]
+    return {"suspect": None, "suspect_reason": unknown[0]} if unknown else {"suspect": False}
 
 
 def _power(windows: Sequence[dict[str, Any]]) -> dict[str, Metric]:

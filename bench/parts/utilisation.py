@@ -29,7 +29,8 @@ CONTEXT = 1024
 DECODE_SPAN = 128
 """Tokens that :class:`DecodeLoop` generates before it takes the cache back by as many."""
 
-_WARM_UP_S = 1.2  # NVML's own window of utilisation is up to one second
+SENSOR_LEAD_S = 1.2
+"""Seconds of work before the first reading of what NVML averages over up to one second: utilisation, some power."""
 
 
 # ---- probes ---------------------------------------------------------------------------------------------------------
@@ -165,7 +166,7 @@ def _measure(ctx: Context) -> dict[str, Any]:
         figures = dict.fromkeys(_GPU_KEYS, missing(ctx.no_gpu))
     else:
         chunks = Chunks(step)
-        chunks.for_seconds(_WARM_UP_S)  # what NVML averages over must be full of work before the first reading
+        chunks.for_seconds(SENSOR_LEAD_S)  # what NVML averages over must be full of work before the first reading
         with Sampler({**gpu_probes(current_nvml_device()), **host_probes()}) as sampler:
             start = time.perf_counter()
             calls = chunks.for_seconds(seconds)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..metrics import Metric, is_metric, measured
-from . import document, layout, plots
+from . import document, layout, plots, table_figures
 from .document import Block, Heading, Paragraph, Table
 from .layout import Report
 
@@ -124,20 +124,29 @@ def _headlines(report: Report) -> str:
     parts = report["parts"]
     latency = parts.get("latency", {})
     found = [(label, parts.get(part, {}).get(key)) for label, part, key in _TILES]
-    if layout.shapes_table(report):
-        found += [(label, latency["summary"].get(key)) for label, key in _TABLE_TILES]
-    ratios = [
-        ("Fused product over its floor", [row["ratio_to_floor"] for _, row in layout.fused_rows(latency, "int8")]),
-        (
-            "Fused product against cuBLAS",
-            [layout.one_l2(row.get("speedup_over"), "cublas_fp16") for _, row in layout.fused_rows(latency, "int8")],
-        ),
-    ]
-    found = [*((label, _range(pairs)) for label, pairs in ratios), *found]
+    if table := layout.shapes_table(report):
+        summary = table_figures.summary(table)  # anew: with what ran throttled
+        found += [(label, summary.get(key)) for label, key in _TABLE_TILES]
+    found = [*_ratios(latency), *found]
     tiles = [_tile(label, figure) for label, figure in found if figure and not layout.is_null(figure)]
     if not tiles:
         return "<p>None of them was measured in this run; the summary says why.</p>"
     return f'<dl class="tiles">{"".join(tiles)}</dl>'
+
+
+def _ratios(latency: dict[str, Any]) -> Iterator[tuple[str, Metric | None]]:
+    """Label and range of the fused products' ratios, and how many of these rest on something that ran throttled."""
+    fused = list(layout.fused_rows(latency, "int8"))
+    slowed = [document.throttled(row, latency["products"][layer], None) for layer, row in fused]
+    over_floor = [row["ratio_to_floor"] for _, row in fused]
+    over_cublas = [layout.one_l2(row.get("speedup_over"), "cublas_fp16") for _, row in fused]
+    for label, other, pairs in (
+        ("Fused product over its floor", "floor", over_floor),
+        ("Fused product against cuBLAS", "cublas_fp16", over_cublas),
+    ):
+        count = sum(table_figures.OWN in names or other in names for names in slowed)
+        figure = _range(pairs)
+        yield label, {**figure, "throttled": f"{count} of {len(pairs)}"} if figure and count else figure
 
 
 def _range(pairs: list[Any]) -> Metric | None:
@@ -161,9 +170,11 @@ def _tile(label: str, figure: Metric) -> str:
     if isinstance(of := figure.get("of"), int):
         notes.append(f"of {of}")
     if figure.get("synthetic"):
-        notes.append("synthetic keys and values")
+        notes.append("beyond the model's context")
     unit = f" <small>{_escape(_unit(figure))}</small>" if figure.get("unit") else ""
-    note = "".join(f'<dd class="note">{_escape(note)}</dd>' for note in notes)
+    if "throttled" in figure:
+        notes.append(f"**throttled: {figure['throttled']}**")
+    note = "".join(f'<dd class="note">{_marked(note)}</dd>' for note in notes)
     value = _escape(_said(figure["value"]))
     return f'<div><dt>{_escape(label)}</dt><dd class="value">{value}{unit}</dd>{note}</div>'
 
@@ -202,12 +213,10 @@ def _plots(drawn: list[plots.Plot]) -> str:
         for plot in drawn
         if plot.figure is not None
     ]
-    absent = [
-        f'<p class="absent">{_escape(plot.title)}: not drawn, {_escape(plot.reason or "")}</p>'
-        for plot in drawn
-        if plot.figure is None
-    ]
-    return (f'<div class="plots">\n{"".join(shown)}\n</div>' if shown else "") + "".join(absent)
+    absent = "; ".join(f"{plot.title} ({plot.reason})" for plot in drawn if plot.figure is None)
+    return (f'<div class="plots">\n{"".join(shown)}\n</div>' if shown else "") + (
+        f'<p class="absent">Not drawn: {_escape(absent)}</p>' if absent else ""
+    )
 
 
 def _subjects(report: Report) -> Iterator[tuple[str, str]]:
@@ -220,10 +229,17 @@ def _subjects(report: Report) -> Iterator[tuple[str, str]]:
         if part in report["errors"]:
             yield title, f"<p>Part {part} failed: {_escape(report['errors'][part]['reason'])}</p>"
         elif part in report["parts"]:
-            yield title, content(report["parts"][part])
+            figures = report["parts"][part]
+            yield title, ("" if part == "latency" else _slowed(figures)) + content(figures)  # its lines are marked
     for part, figures in report["parts"].items():
         if part not in own and part not in _BEHIND:
             yield document.title(part), _blocks(document.section(part, figures))
+
+
+def _slowed(figures: dict[str, Any]) -> str:
+    """How many of these figures were measured on held clocks; nothing where none was."""
+    count = layout.count_throttled(figures)
+    return f"<p>{_marked(f'**throttled: {count}**')} of the measurements below, see Conditions.</p>" if count else ""
 
 
 _BEHIND = ("hardware", "reproducibility", "transfer", "utilisation", "cpu")
@@ -232,10 +248,10 @@ _BEHIND = ("hardware", "reproducibility", "transfer", "utilisation", "cpu")
 
 def _products(latency: dict[str, Any]) -> str:
     if "table" in latency:
-        return _blocks(document.shapes(latency["table"], latency["summary"]), known="Shapes")
+        return _blocks(document.shapes(latency["table"], latency.get("bandwidth")), known="Shapes")
     if layout.is_null(latency["products"]):
         return _blocks(document.reasons(latency))
-    return _blocks(document.products(latency["products"]), known="Products")
+    return _blocks(document.products(latency["products"], latency.get("bandwidth")), known="Products")
 
 
 def _tokens(tokens: dict[str, Any]) -> str:
@@ -254,12 +270,18 @@ def _tokens(tokens: dict[str, Any]) -> str:
     return content + (_table(spread, "Spread of the samples") if spread else "") + _reasons(tokens)
 
 
+_KEYS_AND_VALUES = (
+    "Keys and values are random in all rows but the shortest; they cost as much as real ones. The model was never made "
+    "for what lies beyond its own context: only the cost is real there."
+)
+
+
 def _scaling(scaling: dict[str, Any]) -> str:
     lines = _by_key(scaling, ("throughput_degradation_slope_pct_per_1k", "time_16k_over_0"))
     rows = [
         [
             str(row["context"]),
-            "synthetic" if row["synthetic"] else "decoded",
+            "beyond it" if row["synthetic"] else "within",
             layout.short(row["tok_s"]),
             _interval(row["tok_s"]),
             layout.short(row["latency"]),
@@ -267,8 +289,10 @@ def _scaling(scaling: dict[str, Any]) -> str:
         ]
         for row in _rows(scaling, "rows")
     ]
-    columns = ["context", "keys and values", "tok/s", "95 % interval", "ms a token", "KV cache (bytes)"]
-    content = _table(Table(columns, rows), "Speed against the tokens in the context") if rows else ""
+    columns = ["context", "model's context", "tok/s", "95 % interval", "ms a token", "KV cache (bytes)"]
+    content = ""
+    if rows:
+        content = f"<p>{_KEYS_AND_VALUES}</p>{_table(Table(columns, rows), 'Speed against the tokens in the context')}"
     return content + _figures(lines, "What more context costs") + _reasons(scaling)
 
 
@@ -460,6 +484,8 @@ def _blocks(blocks: list[Block], known: str = "") -> str:
 
 
 _NUMBER = re.compile(r"-?[\d.,]+(e[+-]?\d+)?%?( \(-?[\d.]+ to -?[\d.]+\))?|null|")
+_SHORT = 14
+"""Characters of a cell that stays on one line, such as a value with its unit."""
 _TALL = 60
 """Rows that a table shows without a scroll bar of its own."""
 
@@ -475,7 +501,7 @@ def _table(table: Table, caption: str, named: bool = False) -> str:
     ]
     wide = len(table.columns) > 4
     heads = "".join(
-        f'<th scope="col"{" class=n" if right and i else ""}>{_marked(name) or "Value"}</th>'
+        f'<th scope="col"{" class=n" if right and i else ""}>{_breakable(_marked(name)) or "Value"}</th>'
         for i, (name, right) in enumerate(zip(table.columns, numeric, strict=True))
     )
     lines = []
@@ -495,7 +521,8 @@ def _table(table: Table, caption: str, named: bool = False) -> str:
 
 def _cell(text: str, right: bool, wide: bool) -> str:
     long = len(text) > 40 if wide else any(len(word) > 24 for word in text.split())
-    kind = "n" if right else "long" if long else ""
+    short = len(text) <= _SHORT and not wide
+    kind = "n" if right else "long" if long else "short" if short else ""
     content = f'<span class="null">{_marked(text)}</span>' if text.startswith("null") else _marked(text)
     return f"<td{f' class={kind}' if kind else ''}>{content}</td>"
 

@@ -111,7 +111,8 @@ def windows(value: Any, label: str) -> Iterator[dict[str, Any]]:
         yield {"window": label, **value}
     elif isinstance(value, dict):
         for key, inner in value.items():
-            yield from windows(inner, f"{label} {key}".strip())
+            if not (key == "window" and "windows" in value):  # the first of those
+                yield from windows(inner, f"{label} {key}".strip())
 
 
 def without_windows(value: Any) -> Any:

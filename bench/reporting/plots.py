@@ -530,13 +530,23 @@ def _roofline(report: Report) -> _Drawn:
 
 
 def _name_points(axes: Axes, points: list[_Point]) -> None:
-    """Each product's name once, beside the highest of its points: its operations lie close together."""
+    """Each product's name once, beside the highest of its points: its operations lie close together.
+
+    A name goes up where it would lie on the one below.
+    """
     highest = {p.name.partition(",")[0]: p for p in sorted(points, key=lambda p: p.tera_ops)}
-    for name, p in highest.items():
+    bottom, top = np.log(axes.get_ylim())
+    at = -np.inf
+    for name, p in sorted(highest.items(), key=lambda item: item[1].tera_ops):
+        at = max(np.log(p.tera_ops), at + _LINE * (top - bottom))
         axes.annotate(
-            name, (p.intensity, p.tera_ops), xytext=(9, 0), textcoords="offset points", va="center", fontsize=8,
+            name, (p.intensity, np.exp(at)), xytext=(9, 0), textcoords="offset points", va="center", fontsize=8,
             color=COLOURS["ink"],
         )  # fmt: skip
+
+
+_LINE = 0.065
+"""What a line of text takes of the height of the axes."""
 
 
 def _of(x: Any) -> Any:
@@ -605,7 +615,7 @@ def _scaling(report: Report) -> _Drawn:
         start = (max(before) + min(synthetic)) / 2 if before else 0
         axes.axvspan(
             start, x.max() * 1.06, facecolor=COLOURS["band"], edgecolor=COLOURS["grid"], hatch="///", linewidth=0,
-            zorder=0, label="synthetic keys and values",
+            zorder=0, label="beyond the model's context",
         )  # fmt: skip
     fit = scaling.get("fit")
     if isinstance(fit, dict) and not layout.is_null(fit) and _of(fit["ms_per_1k"]) is not None:
@@ -747,7 +757,9 @@ def _telemetry(report: Report) -> _Drawn:
         axes.set_ylabel(label)
         _plain(axes.yaxis)
         if len(some) > 1:
-            axes.legend(loc="center right")
+            axes.legend(
+                loc="lower right", bbox_to_anchor=(1, 1), ncols=len(some), borderaxespad=0.1
+            )  # between two panels
     for part in telemetry.get("parts", []):
         if part["end_s"] - part["begin_s"] > 0.035 * end:  # one that is too narrow has no room for its name
             middle = (part["begin_s"] + part["end_s"]) / 2
@@ -758,16 +770,16 @@ def _telemetry(report: Report) -> _Drawn:
     all_axes[-1].set_xlim(0, end)
     all_axes[-1].set_xlabel("seconds since the run began; bands are its parts")
     _plain(all_axes[-1].xaxis)
-    said = [
-        f"{name} {_short_number(min(s['values']))} to {_short_number(max(s['values']))} {s['unit'].replace('C', '°C')}"
-        for _, some in panels
-        for name, s in some
-    ]
+    said = [f"{name} {_from_to(s['values'])} {s['unit'].replace('C', '°C')}" for _, some in panels for name, s in some]
     return (
         figure,
         "sampled with NVML",
         f"Power, clocks and temperature of the GPU over the {end:.0f} s of the run: {', '.join(said)}.",
     )
+
+
+def _from_to(values: Sequence[float]) -> str:
+    return " to ".join(dict.fromkeys(map(_short_number, (min(values), max(values)))))
 
 
 def _thinned(at: Sequence[float], values: Sequence[float], most: int = 400) -> tuple[np.ndarray, ...]:

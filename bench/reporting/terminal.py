@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..metrics import Metric, is_metric
-from . import layout
+from . import document, layout, stability, table_figures
 from .layout import Report
 
 
@@ -31,8 +31,14 @@ def summary(report: Report) -> Group:
         *((Text(""), table) if table.row_count else ()),
         Text(""),
         Text(f"{len(known)} of {len(report['summary'])} figures measured, the others are null with the reason."),
-        *((Text(_STABLE),) if table.row_count and report.get("stability") == [] else ()),
+        *((Text(stable),) if table.row_count and (stable := _stable(report)) else ()),
     )
+
+
+def _stable(report: Report) -> str:
+    """What disturbed no figure; only what was read, and nothing where something else was disturbed."""
+    none = stability.ruled_out(report) if report.get("stability") == [] else []
+    return f"Stable: {', '.join(none)}." if none else ""
 
 
 def _intervals(figures: Iterable[Metric]) -> list[str]:
@@ -47,7 +53,9 @@ def _products(report: Report) -> dict[str, Metric]:
     if "latency" not in report["parts"] or "tokens" in report["parts"]:
         return {}
     found: dict[str, Metric] = {}
-    for layer, row in layout.fused_rows(report["parts"]["latency"], "int8"):
+    latency = report["parts"]["latency"]
+    for layer, row in layout.fused_rows(latency, "int8"):
+        slowed = document.throttled(row, latency["products"][layer], None)
         cold = layout.one_l2(row["kernel"], "cold")
         for name, series in (("cold L2", cold), ("end to end", row["end_to_end"])):
             if layout.is_series(series) and series["median"]["value"] is not None:
@@ -55,7 +63,8 @@ def _products(report: Report) -> dict[str, Metric]:
                 break
         ratio = layout.one_l2(row.get("ratio_to_floor"), "cold")
         if is_metric(ratio) and ratio["value"] is not None:
-            found[f"{layer}, over its floor"] = ratio
+            mark = table_figures.mark([name for name in slowed if name in (table_figures.OWN, "floor")])
+            found[f"{layer}, over its floor{f' ({mark})' if mark else ''}"] = ratio
     return found
 
 
@@ -64,8 +73,6 @@ def _beside_the_summary(report: Report) -> dict[str, Metric]:
     found = {key: report["parts"].get(part, {}).get(key) for key, part in _NEW_HEADLINES.items()}
     return {key: figure for key, figure in found.items() if figure and figure["value"] is not None}
 
-
-_STABLE = "Stable: nothing was throttled, no series stayed noisy, no energy is in doubt."
 
 _HEADLINES = (
     "client_tok_s",

@@ -90,12 +90,12 @@ class FakeCupti:
             cupti._ApiRecord(kind={1: 4, 2: 5}[domain], cbid=cbid, start=start, end=end, threadId=thread), API_BYTES
         )
 
-    def kernel(self, name, start, end, grid=(60, 1, 1), block=(128, 1, 1), stream=13, node=5):
+    def kernel(self, name, start, end, grid=(60, 1, 1), block=(128, 1, 1), stream=13):
         text = ctypes.create_string_buffer(name.encode())
         self._kept.append(text)
         record = cupti._KernelRecord(
             kind=10, start=start, end=end, streamId=stream, gridX=grid[0], gridY=grid[1], gridZ=grid[2],
-            blockX=block[0], blockY=block[1], blockZ=block[2], graphNodeId=node,
+            blockX=block[0], blockY=block[1], blockZ=block[2],
             name=ctypes.cast(text, ctypes.c_char_p),
         )  # fmt: skip
         self._add(record, self.kernel_bytes)
@@ -203,7 +203,7 @@ def nothing():
 
 
 def traced(work, fake) -> Trace:
-    with Session((fake, "libcupti.so.13"), nothing, every_call=True) as session:
+    with Session((fake, "libcupti.so.13"), nothing) as session:
         return session.trace(lambda: work(fake))
 
 
@@ -213,7 +213,7 @@ def traced(work, fake) -> Trace:
 @pytest.mark.parametrize("kernel_bytes", [160, 208, 216, 248])
 def test_records_of_any_size_are_read_in_the_order_of_their_starts(kernel_bytes):
     def work(fake):
-        fake.kernel("second", 300, 400, (3, 2, 1), (64, 2, 1), stream=9, node=0)
+        fake.kernel("second", 300, 400, (3, 2, 1), (64, 2, 1), stream=9)
         fake.kernel("first", 100, 250)
         fake.other()
         fake.api(311, 10, 20)
@@ -221,8 +221,8 @@ def test_records_of_any_size_are_read_in_the_order_of_their_starts(kernel_bytes)
 
     trace = traced(work, FakeCupti(record_bytes=kernel_bytes))
     assert trace.kernels == (
-        KernelRun("first", 100, 250, (60, 1, 1), (128, 1, 1), 13, True),
-        KernelRun("second", 300, 400, (3, 2, 1), (64, 2, 1), 9, False),
+        KernelRun("first", 100, 250, (60, 1, 1), (128, 1, 1), 13),
+        KernelRun("second", 300, 400, (3, 2, 1), (64, 2, 1), 9),
     )
     assert trace.calls == (Call("cudaGraphLaunch", 10, 20, 7), Call("cudaStreamSynchronize", 30, 500, 7))
     assert trace.lost == 0
@@ -258,9 +258,6 @@ def test_all_calls_are_recorded_where_cupti_cannot_tell_them_apart(monkeypatch):
         assert fake.recorded(4) == {278, 514, 652}
         every = {(4, cbid) for cbid in range(1, cupti._MOST_FUNCTIONS)}
         assert fake.muted == every - {(4, cbid) for cbid in fake.recorded(4)}
-    fake = FakeCupti()
-    with Session((fake, "x"), nothing, every_call=True):
-        assert fake.muted == set()
     fake = FakeCupti(cuptiActivityEnableDriverApi=27)
     with Session((fake, "x"), nothing):
         assert fake.recorded(4) == {278, 295, 514, 652}
@@ -319,21 +316,6 @@ def test_cupti_is_let_go_when_the_work_fails():
     assert fake.names()[-1] == "cuptiFinalize"
 
 
-def test_work_is_traced_behind_one_run_that_warms_up(monkeypatch):
-    fake, runs = FakeCupti(), []
-
-    def work():
-        runs.append(fake.now)
-        fake.kernel("work", fake.now, fake.now + 10)
-        fake.now += 100
-
-    monkeypatch.setattr(cupti, "load_cupti", lambda: (fake, "x"))
-    monkeypatch.setattr(cupti.Session.__init__, "__defaults__", (None, nothing, False))
-    trace = cupti.trace(work)
-    assert runs == [0, 100]
-    assert [(kernel.name, kernel.start) for kernel in trace.kernels] == [("work", 100)]
-
-
 @pytest.mark.parametrize(
     ("function", "status", "expected"),
     [
@@ -346,14 +328,10 @@ def test_work_is_traced_behind_one_run_that_warms_up(monkeypatch):
         ("cuptiActivityGetNumDroppedRecords", 4711, "status 4711"),
     ],
 )
-def test_a_refusal_names_the_function_and_what_to_do(monkeypatch, function, status, expected):
+def test_a_refusal_names_the_function_and_what_to_do(function, status, expected):
     fake = FakeCupti(**{function: status})
-    monkeypatch.setattr(cupti, "load_cupti", lambda: (fake, "x"))
-    monkeypatch.setattr(cupti.Session.__init__, "__defaults__", (None, nothing, False))
-    figure = cupti.trace(lambda: fake.kernel("work", 3, 4))
-    assert figure["value"] is None
-    assert figure["reason"].startswith(f"{function}: ")
-    assert expected in figure["reason"]
+    with pytest.raises(CuptiUnavailableError, match=f"^{function}: .*{expected}"):
+        traced(lambda fake: fake.kernel("work", 3, 4), fake)
     assert fake.enabled == set()
     assert ("cuptiUnsubscribe" in fake.names()) == (function != "cuptiSubscribe")
 
@@ -491,21 +469,20 @@ def test_every_function_that_cupti_can_name_is_sorted_rightly(major):
         assert other not in launches | waits
 
 
-def test_the_real_library_says_why_it_does_not_serve(monkeypatch):
+def test_the_real_library_says_why_it_does_not_serve():
     """Without a driver; with one this is tests/gpu/test_tracing.py's business."""
     if Path("/dev/nvidiactl").exists():
         pytest.skip("there is a driver")
-    monkeypatch.setattr(cupti, "load_cupti", lambda: (_library(13), "libcupti.so.13"))
-    figure = cupti.trace(nothing)
-    assert figure["value"] is None
-    assert re.match(r"cuptiSubscribe: (CUPTI_ERROR_\w+|status \d+)", figure["reason"])
+    refusal = pytest.raises(CuptiUnavailableError, match=r"^cuptiSubscribe: (CUPTI_ERROR_\w+|status \d+)")
+    with refusal, Session((_library(13), "libcupti.so.13"), nothing):
+        pytest.fail("CUPTI serves without a driver")
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------
 
 
 def kernel(name, start_us, end_us):
-    return KernelRun(name, round(start_us * 1e3), round(end_us * 1e3), (1, 1, 1), (32, 1, 1), 7, True)
+    return KernelRun(name, round(start_us * 1e3), round(end_us * 1e3), (1, 1, 1), (32, 1, 1), 7)
 
 
 def call(name, start_us, end_us, thread=1):
@@ -595,14 +572,12 @@ def test_what_the_runtime_calls_in_the_driver_is_not_counted_twice():
         fake.api(514, 110, 190, domain=1)  # inside
         fake.api(514, 100, 200, domain=1, thread=8)  # another thread
         fake.api(652, 200, 210, domain=1)  # behind it
-        fake.api(999, 300, 310, domain=1)
 
     trace = traced(work, FakeCupti())
     assert [(c.name, c.thread) for c in trace.calls] == [
         ("cudaGraphLaunch", 7),
         ("cuGraphLaunch", 8),
         ("cuLaunchKernelEx", 7),
-        ("domain 1, function 999", 7),
     ]
     assert len(trace.launches) == 3
 
@@ -674,7 +649,7 @@ def test_the_program_traces_tokens_warm_and_at_the_context(monkeypatch, capsys):
     model = FakeModel(fake)
     array = [0]
     monkeypatch.setattr(cupti, "load_cupti", lambda: (fake, "x"))
-    monkeypatch.setattr(cupti.Session.__init__, "__defaults__", (None, nothing, False))
+    monkeypatch.setattr(cupti.Session.__init__, "__defaults__", (None, nothing))
     monkeypatch.setattr(cupti, "_synchronise", nothing)
     monkeypatch.setattr(cupti, "_SETTLE_S", 0)
     monkeypatch.setattr(Context, "model", model)

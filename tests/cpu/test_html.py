@@ -255,6 +255,32 @@ def test_everything_is_escaped(changed):
     assert not any("alert" in value for _, attributes in Page(text).elements for value in attributes if value)
 
 
+def test_headlines_and_sections_say_what_ran_throttled(changed):
+    table = visible(page(load("h200/table"))).partition("What was run")[0]
+    assert re.search(r"Rate over cuBLAS, 2,048 tokens\S+ x.*?throttled: 8 of 8", table)
+    assert "throttled" not in visible(page(changed)).partition("What was run")[0]
+    changed["parts"]["latency"]["products"]["qkv"]["rows"][0]["conditions"]["throttled"] = measured(True)
+    changed["parts"]["scaling"]["rows"][2]["conditions"]["throttled"] = measured(True)
+    said = visible(page(changed))
+    assert said.count("4 products, int8, cold L2throttled: 1 of 4") == 2
+    assert said.count("throttled: 1 of the measurements below, see Conditions.") == 1
+
+
+def test_a_head_of_a_wide_table_may_break(h200):
+    assert '<th scope="col" class=n>counter_<wbr>minus_<wbr>integral_<wbr>pct (%)</th>' in page(h200)
+
+
+def test_random_keys_and_values_are_not_called_decoded(h200):
+    rows = h200["parts"]["scaling"]["rows"]
+    said = visible(page(h200)).partition("Speed against the tokens in the context")
+    assert "Keys and values are random in all rows but the shortest" in said[0]
+    assert "decoded" not in said[2].partition("What more context costs")[0]
+    for row in rows:
+        where = "beyond it" if row["synthetic"] else "within"
+        assert re.search(rf"{row['context']} ?{where} ?{row['tok_s']['value']:.4g}", said[2]), row["context"]
+    assert {row["synthetic"] for row in rows} == {True, False}
+
+
 def test_conditions_say_when_and_what_was_throttled(changed):
     row = changed["parts"]["scaling"]["rows"][2]
     row["conditions"] = {

@@ -77,6 +77,8 @@ def test_a_table_is_read_by_kernel_and_launch_shape(unit):
         (HEADER, "measured no sm__warps_active"),
         (HEADER + OCCUPANCY.format(id=0, name="k", grid=1, value="5.0"), "with gpu__time_duration.sum"),
         (output(launch(0, "n/a", 1.0)), "gave 'n/a' for sm__warps_active"),
+        (output(launch(0, "nan", 1.0)), "gave 'nan' for sm__warps_active"),
+        (output(launch(0, 5.0, 1.0, unit="us")).replace('"1.0"', '"inf"'), "gave 'inf' for gpu__time_duration.sum"),
         (output(launch(0, 5.0, 1.0)).replace('"ns"', '"fortnight"'), "gave a time in 'fortnight'"),
     ],
 )

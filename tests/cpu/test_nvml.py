@@ -172,6 +172,17 @@ def test_a_field_is_read_by_its_type(kind: str, value: int) -> None:
     assert device(NVML_FI_DEV_POWER_INSTANT=answer).power_instant() == measured(7.0, "W")
 
 
+def test_an_answer_of_another_form_is_null() -> None:
+    assert device(NVML_FI_DEV_POWER_INSTANT={"valueType": 99}).power_instant() == missing(
+        "nvmlDeviceGetFieldValues: an answer of another form: IndexError: tuple index out of range", "W"
+    )
+    for answer, error in (([], "IndexError"), (None, "TypeError")):
+        figure = device(EccMode=answer).figures()["ecc_mode"]
+        assert figure["value"] is None
+        assert error in figure["reason"]
+    assert "not a measurement" in device(PowerUsage=float("nan")).power_usage()["reason"]
+
+
 def test_names_of_throttle_reasons_are_nvmls() -> None:
     for name, bit in THROTTLE_REASONS.items():
         assert getattr(pynvml, f"nvmlClocksThrottleReason{name}") == bit
@@ -414,6 +425,7 @@ class Steps:
 def _sample_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(power, "_SAMPLE_S", 0.002)
     monkeypatch.setattr(power, "_TICK_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(power, "SENSOR_LEAD_S", 0.25)
 
 
 def test_a_window_measures_what_the_board_draws() -> None:
@@ -439,7 +451,45 @@ def test_without_a_counter_the_power_is_integrated() -> None:
     assert "no energy counter" in window["joules"]["source"]
     nothing = missing("there is no counter to compare with")
     assert window["counter_minus_integral_pct"] == window["suspect"] == nothing
-    assert power.per_call([window], [window])["gross_j"]["suspect"] is None
+    assert (window["ticks"], window["ticks_reason"]) == (None, "this GPU has no energy counter")
+    for figure in power.per_call([window], [window]).values():
+        assert (figure["ticks"], figure["ticks_reason"]) == (None, "this GPU has no energy counter")
+        assert (figure["suspect"], figure["suspect_reason"]) == (None, "there is no counter to compare with")
+
+
+def test_a_sensor_that_averages_over_a_second_has_seen_the_work_before_a_window_begins() -> None:
+    """It rises from 60 W, of before the work, to the 300 W that the counter counts."""
+    averaged_s = 0.2
+
+    class Work(Steps):
+        begin = float("inf")
+
+        def once(self) -> int:
+            self.begin = min(self.begin, time.perf_counter())
+            return super().once()
+
+    work = Work()
+
+    def milliwatts() -> int:
+        return round(1e3 * (60 + 240 * min(1.0, max(0.0, time.perf_counter() - work.begin) / averaged_s)))
+
+    one_second = device(refuse={"FieldValues"}, watts=300.0, PowerUsage=milliwatts)
+    window = power.Meter(one_second).window(work, 0.4)
+    assert window["suspect"] == measured(False)
+    assert window["sampled_power_w"]["min"] == pytest.approx(300)
+
+
+@pytest.mark.parametrize(("board", "lead"), [("h200", []), ("a100", []), ("vgpu", [0.25])])
+def test_work_runs_before_the_window_only_where_the_sensor_averages(board: str, lead: list[float]) -> None:
+    asked = []
+
+    class Work(Steps):
+        def for_seconds(self, seconds: float) -> int:
+            asked.append(seconds)
+            return super().for_seconds(seconds)
+
+    power.Meter(device(board, watts=150.0)).window(Work(), 0.1)
+    assert asked == [*lead, 0.1]
 
 
 @pytest.mark.parametrize(
@@ -447,10 +497,12 @@ def test_without_a_counter_the_power_is_integrated() -> None:
 )
 def test_an_unknown_agreement_is_not_a_good_one(windows: list[bool | None], suspect: bool | None) -> None:
     one = {"joules": measured(10.0, "J", source="counter"), "calls": 2, "ticks": 25, "seconds": 1.0}
+    verdicts = {None: missing("the sensor refused")}
     idle = {"mean_power_w": measured(1.0, "W")}
-    figures = power.per_call([{**one, "suspect": {"value": s}} for s in windows], [idle], context=1024)
-    for figure in figures.values():
+    of = [{**one, "suspect": verdicts.get(s, {"value": s})} for s in windows]
+    for figure in power.per_call(of, [idle], context=1024).values():
         assert figure["suspect"] is suspect
+        assert figure.get("suspect_reason") == (None if suspect is not None else "the sensor refused")
         assert figure["context"] == 1024
 
 

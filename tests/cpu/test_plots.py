@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
 import sys
@@ -159,7 +160,7 @@ def test_scaling_marks_the_synthetic_region_and_draws_the_fit(h200, changed):
     def labels(of: report.Report) -> list[str]:
         return [text.get_text() for text in plots.draw(of)["scaling"].legends[0].get_texts()]
 
-    assert labels(h200) == ["synthetic keys and values", "fitted: ms a token = straight line", "median, 95 % interval"]
+    assert labels(h200) == ["beyond the model's context", "fitted: ms a token = straight line", "median, 95 % interval"]
     fit = h200["parts"]["scaling"]["fit"]
     line = plots.draw(h200)["scaling"].axes[0].lines[0]
     at_4096 = np.interp(4096, line.get_xdata(), line.get_ydata())
@@ -200,6 +201,14 @@ def test_roofline_from_rows_and_from_the_part_that_has_it(h200, changed):
     assert not any("float16" in label for label in labels)
 
 
+def test_names_in_the_roofline_do_not_lie_on_each_other(h200):
+    figure = one(h200, "roofline").figure
+    figure.draw_without_rendering()
+    boxes = sorted((text.get_window_extent() for text in figure.axes[0].texts), key=lambda box: box.y0)
+    assert len(boxes) == len(h200["parts"]["latency"]["products"])
+    assert all(below.y1 <= above.y0 + 1 for below, above in itertools.pairwise(boxes))
+
+
 def test_operations_are_2_m_k_n(h200):
     product = h200["parts"]["latency"]["products"]["qkv"]
     row = product["rows"][0]
@@ -230,6 +239,8 @@ def test_telemetry_keeps_its_extremes(changed):
     plot = one(changed, "telemetry")
     assert plot.figure.axes[0].get_ylim()[1] > 999
     assert "to 999 W" in plot.says
+    changed["telemetry"]["series"]["memory_clock_mhz"]["values"] = [3201] * 3000
+    assert "memory clock 3,201 MHz," in one(changed, "telemetry").says
     names = [text.get_text() for text in plot.figure.axes[0].texts]
     assert names == ["a", "b"]
     _, smallest, mean, largest = plots._thinned(range(1000), [0.0] * 500 + [7.0] + [0.0] * 499)
