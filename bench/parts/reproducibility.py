@@ -3,18 +3,20 @@
 Results of :func:`run`: nvcc_version and gcc_version (of the PATH; nothing here uses them), nvrtc_version, build_flags
 (what NVRTC is really given), clock_locking, versions, source, python, environment, blas, weights, prompt_seed.
 
-A copy of the tree whose .git is missing or behind, such as one on another machine, is told its commit by the
-environment variable EDGELLM_COMMIT.
+The commit is that of the checkout that this code runs from; of what pip installed, the one that pip fetched, or that
+of the checkout in which the command is called, if its code is this code. A copy of the tree whose .git is missing or
+behind, such as one on another machine, is told its commit by the environment variable EDGELLM_COMMIT.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import shutil
 import subprocess
-from importlib.metadata import distributions
+from importlib.metadata import PackageNotFoundError, distribution, distributions
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,11 @@ from ...kernels import nvrtc
 from ...tuning import tuned
 from ...version import __version__
 from ..context import Context
-from ..machine import telemetry
+from ..machine import doctor_host, telemetry
 from ..machine.nvml import SLOWED_DOWN
 from ..metrics import Metric, measured, missing
 from . import hardware, utilisation
+from .tokens import PROMPT_SEED
 
 _PACKAGES = (
     "numpy",
@@ -45,8 +48,9 @@ _PACKAGES = (
     "nvidia-cublas",
     "nvidia-cublas-cu12",
 )
-_VARIABLES = ("CUDA_VISIBLE_DEVICES", "CUDA_PATH", "CUDA_HOME", "CUDA_CACHE_PATH", "OMP_NUM_THREADS", "PYTHONMALLOC")
 _BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+_CHANGING = (*_BLAS_THREADS, *doctor_host.VARIABLES)
+_VARIABLES = ("CUDA_VISIBLE_DEVICES", "CUDA_PATH", "CUDA_HOME", "CUDA_CACHE_PATH", *_CHANGING)
 _PREFIXES = ("EDGELLM_", "CUPY_", "OPENBLAS_", "MKL_")
 
 
@@ -58,7 +62,9 @@ def run(ctx: Context) -> dict[str, Any]:
         "gcc_version": _tool("gcc"),
         "nvrtc_version": _nvrtc_version(),
         "build_flags": _build_flags(ctx),
-        "clock_locking": _clock_locking(ctx),
+        "clock_locking": missing(ctx.no_gpu)
+        if ctx.no_gpu
+        else ctx.row("reproducibility/clock locking", "engine", lambda: _clock_locking(ctx)),
         "versions": versions(),
         "source": source(),
         "python": {"version": platform.python_version(), "implementation": platform.python_implementation()},
@@ -69,7 +75,7 @@ def run(ctx: Context) -> dict[str, Any]:
         },
         "blas": _blas(),
         "weights": ctx.checkpoint.source,  # names the seed when they are random
-        "prompt_seed": 0,
+        "prompt_seed": PROMPT_SEED,
     }
 
 
@@ -94,8 +100,16 @@ def _gpu() -> dict[str, Metric]:
         "gpu_model": measured(name),
         "driver_version": hardware.current_nvml_device().driver_version(),
         "cuda_version": measured(hardware.cuda_version(cupy.cuda.runtime.runtimeGetVersion())),
-        "tuned": measured(entries, "entries", file=path and str(path)),
+        "tuned": measured(entries, "entries", file=path and str(path), **({"sha256": _sha256(path)} if path else {})),
     }
+
+
+def _sha256(path: Path) -> str | None:
+    """Of a file's content; None when it is gone by now."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 # ---- software -------------------------------------------------------------------------------------------------------
@@ -135,36 +149,76 @@ def versions() -> dict[str, str]:
     return {"edgellm-cupy": __version__, **{name: installed[name] for name in _PACKAGES if name in installed}}
 
 
+def changing_variables() -> dict[str, str]:
+    """Those variables of this process that can change what is measured."""
+    return {name: os.environ[name] for name in _CHANGING if name in os.environ}
+
+
 def source() -> dict[str, Metric]:
-    """The git commit when this package runs from a checkout, and whether files differ from it."""
+    """The git commit of this code, where it can be known, and whether the files of its checkout differ from it."""
     if told := os.environ.get("EDGELLM_COMMIT"):
-        return {
-            "git_commit": measured(told, source="EDGELLM_COMMIT"),
-            "git_modified": missing("the commit is what EDGELLM_COMMIT says, nothing was compared with it"),
-        }
-    root = Path(__file__).resolve().parents[2]
-    commit, changes = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain")
+        return _only_commit(told, "EDGELLM_COMMIT")
+    checkout = _checkout()
+    if checkout is None and (fetched := _fetched_commit()):
+        return _only_commit(fetched, "pip")
+    if checkout is None:
+        return dict.fromkeys(("git_commit", "git_modified"), missing("not run from a git checkout"))
+    commit, changes = _git(checkout, "rev-parse", "HEAD"), _git(checkout, "status", "--porcelain")
     modified = changes if changes["value"] is None else measured(bool(changes["value"]))
     return {"git_commit": commit, "git_modified": modified}
 
 
-def code_hash() -> str:
-    """SHA-256 of this package's Python and CUDA sources: the same code, whatever git knows of it."""
-    package = Path(__file__).resolve().parents[2]
-    package = package if (package / "runtime.py").is_file() else package / "edgellm_cupy"  # a checkout
+def _only_commit(commit: str, source: str) -> dict[str, Metric]:
+    return {
+        "git_commit": measured(commit, source=source),
+        "git_modified": missing(f"the commit is what {source} says, nothing was compared with it"),
+    }
+
+
+_HERE = Path(__file__).resolve().parents[2]  # the package, or a checkout, in which bench stands beside it
+_PACKAGE = _HERE if (_HERE / "runtime.py").is_file() else _HERE / "edgellm_cupy"
+
+
+def _checkout() -> Path | None:
+    """The checkout that this code runs from, or where it was installed from if that is the working folder."""
+    if (_HERE / ".git").exists():
+        return _HERE
+    try:
+        at = Path.cwd()
+    except OSError:  # was deleted
+        return None
+    root = next((folder for folder in (at, *at.parents) if (folder / ".git").exists()), None)
+    same = root and (root / "edgellm_cupy" / "runtime.py").is_file() and code_hash(root / "edgellm_cupy") == code_hash()
+    return root if same else None
+
+
+def _fetched_commit() -> str | None:
+    """The commit that pip fetched, as of `pip install git+https://...`; see PEP 610."""
+    try:
+        found = json.loads(distribution("edgellm-cupy").read_text("direct_url.json") or "{}")
+        commit = found.get("vcs_info", {}).get("commit_id")
+    except (PackageNotFoundError, ValueError, AttributeError):
+        return None
+    return commit if isinstance(commit, str) else None
+
+
+def code_hash(package: Path = _PACKAGE) -> str:
+    """SHA-256 of a package's Python and CUDA sources: the same code, whatever git knows of it."""
     digest = hashlib.sha256()
-    for root in (package, (package / "bench").resolve(), (package / "kernels_cu").resolve()):
-        for path in sorted(path for path in root.rglob("*") if path.suffix in (".py", ".cu", ".cuh")):
-            digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    inner = ("bench", "kernels_cu")  # links in a checkout
+    for part in ("", *inner):
+        root = (package / part).resolve()
+        files = {path.relative_to(root): path for path in root.rglob("*") if path.suffix in (".py", ".cu", ".cuh")}
+        for name in sorted(name for name in files if part or name.parts[0] not in inner):
+            digest.update(f"{part}/{name.as_posix()}\n".encode() + files[name].read_bytes())
     return digest.hexdigest()
 
 
 def _git(root: Path, *arguments: str) -> Metric:
     """What git prints about the checkout `root`, or its complaint as the reason."""
-    if not (root / ".git").exists():
-        return missing("not run from a git checkout")
-    # git reads no folder of another owner, as a copy or a container may have it. This one's code is running already.
-    command = ["git", "-c", f"safe.directory={root}", "--no-optional-locks", "-C", str(root), *arguments]
+    # git reads no folder of another owner, as a copy or a container may have it. The code of this one runs already.
+    trusted = ["-c", f"safe.directory={root}"] if root == _HERE else []
+    command = ["git", *trusted, "--no-optional-locks", "-C", str(root), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.SubprocessError) as e:
@@ -190,8 +244,6 @@ def _blas() -> dict[str, Any]:
 
 def _clock_locking(ctx: Context) -> Metric:
     """Were the clocks locked? NVML can set locked clocks but not tell, so this is read off the clocks under load."""
-    if ctx.no_gpu:
-        return missing(ctx.no_gpu)
     ctx.progress("clocks under load")
     nvml = hardware.current_nvml_device()
     load = utilisation.Chunks(utilisation.DecodeLoop(ctx))

@@ -17,12 +17,12 @@ report.json is one object:
     parts               name of a part -> its figures; see the module of that name in edgellm_cupy.bench.parts (kernels:
                         kernel_stats). `latency` of a table of shapes has no products, but `table` and `summary` of
                         :mod:`..parts.table` (since 1.1)
-    seconds             name of a part -> how long it took
+    seconds             name of a part -> how long it took; of a resumed run, with what its taken rows took before
     errors              name of a part that failed, or "PART/ROW" of a row (since 1.3) -> {reason, traceback}
     decoder_check       how far the GPU's logits lie from the reference; null on NumPy, which is the reference
     failures            one line for each result that was wrong; no speed that rests on one is reported
     interrupted         true: Ctrl-C ended the run before its last part
-    doctor              [{level, what, why}]: what `edgellm doctor` found as the run began (since 1.3)
+    doctor              [{level, what, why}]: what `edgellm doctor` found as the run began, or a null figure (since 1.3)
     seed                of the order in which rows were measured (since 1.3)
     resumed_rows        how many rows a resumed run took from rows.jsonl (since 1.3)
     telemetry           null figure, or {every_s, power_sensor, series, parts}: what NVML said over the whole run.
@@ -43,6 +43,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from ...errors import EdgeLLMError
 from ..metrics import Metric, missing
@@ -51,7 +52,7 @@ from .html import html
 from .layout import Report
 from .markdown import markdown
 
-SCHEMA_VERSION = "1.3.0"
+SCHEMA_VERSION = migrate.NEWEST
 
 KEYS = {
     "timestamp": "workload",
@@ -112,6 +113,10 @@ class ReportError(EdgeLLMError):
     """A report cannot be read or written; the message names the file."""
 
 
+MALFORMED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError)
+"""What reading a report raises where it is JSON, but not as this program writes it."""
+
+
 def summary(report: Report) -> dict[str, Metric]:
     """The figures of :data:`KEYS` from the report's sections; null with the reason where a section lacks one."""
     sections = {"workload": report["workload"], **report["parts"]}
@@ -153,7 +158,7 @@ def remake(path: Path, folder: Path) -> list[Path]:
     report = load(path)
     try:
         return _made_from(report, folder)
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
+    except MALFORMED as e:
         raise ReportError(f"{path}: not as this program writes it: {type(e).__name__} {e}") from e
 
 
@@ -192,9 +197,18 @@ def load(path: Path) -> Report:
         ReportError: the file is unreadable, is no report, or has a schema_version of another major number.
     """
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
         raise ReportError(f"{path}: not a readable report: {e}") from e
+    return checked(value, path)
+
+
+def checked(report: Any, path: Path) -> Report:
+    """The JSON value of the file at `path` as a report of the newest layout.
+
+    Raises:
+        ReportError: it is no report, or has a schema_version of another major number.
+    """
     found = report.get("schema_version") if isinstance(report, dict) else None
     if not isinstance(found, str):
         raise ReportError(f"{path}: not a report: it has no schema_version")
@@ -204,7 +218,7 @@ def load(path: Path) -> Report:
         raise ReportError(f"{path}: not a whole report: {lacking[0]!r} is missing")
     try:
         return migrate.upgrade(report)
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
+    except MALFORMED as e:
         raise ReportError(f"{path}: not as this program writes it: {type(e).__name__} {e}") from e
 
 
@@ -218,19 +232,25 @@ def _json(report: Report) -> str:
 def replace(path: Path, text: str) -> Path:
     """Write beside and rename: a reader sees the old file or the new one, never a half. Returns `path`.
 
+    A link stays one: the file behind it is replaced. What is no file, such as a pipe or /dev/stdout, is written to.
+
     Raises:
         ReportError: its folder cannot be made, or it cannot be written.
     """
-    make_folder(path.parent)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+            return path
+        target = path.resolve()
+        make_folder(target.parent)
+        beside = target.with_name(f".{target.name}.{os.getpid()}")
         try:
             beside.write_text(text, encoding="utf-8")
-            beside.replace(path)
+            beside.replace(target)
         finally:
             beside.unlink(missing_ok=True)
-    except OSError as e:
-        raise ReportError(f"{path}: cannot be written: {e.strerror}") from e
+    except (OSError, RuntimeError) as e:  # RuntimeError: Path.resolve of links in a circle, before Python 3.13
+        raise ReportError(f"{path}: cannot be written: {getattr(e, 'strerror', None) or e}") from e
     return path
 
 

@@ -77,8 +77,15 @@ class Options:
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the interrupted run in --out, or the newest one kept.")
     ] = False
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with 5 when the machine was not steady.")] = False
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the order in which rows are measured.")] = 0
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 5 when the machine was not steady, or could not be read.")
+    ] = False
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=0, help="Of the order in which rows are measured.", show_default="0, or of --resume's run"
+        ),
+    ] = None
     activation: ActivationOption = ModelActivation.int8
     dtype: DtypeOption = ModelDtype.auto
     head: HeadOption = HeadDtype.auto
@@ -189,11 +196,13 @@ def _measure(names: list[str], options: Options) -> NoReturn:
                 options.dtype.value,
                 options.head.value,
                 options.kv_dtype.value,
-                seed=options.seed,
+                seed=options.seed or 0,
             )
             gpu = f"numpy {_cpu()}" if no_gpu else runtime.device_name()
             folder = stack.enter_context(folder_of(options.out, options.resume, gpu))
-            journal = Journal.open(folder, suite.identity(ctx, names), options.resume)
+            if options.resume and options.seed is None:
+                ctx.seed = suite.seed_of(folder)
+            journal = Journal.open(folder, suite.identity(ctx, names, options.weights), options.resume)
             ctx.journal = stack.enter_context(closing(journal))
             result = suite.run(ctx, names, command_line(), begin)
         if remedy:
@@ -209,11 +218,14 @@ def folder_of(out: Path | None, resume: bool, gpu: str) -> AbstractContextManage
     from ..bench.reporting import runs
 
     if out:
-        if not resume and (run := runs.read(out)).state == "interrupted" and run.rows:
+        run = runs.read(out)
+        if not resume and run.state == "interrupted" and run.rows:
             raise ArgumentValueError(
                 f"--out: {out} has the {run.rows} finished rows of an interrupted run: go on with it by --resume, "
                 f"or give another folder, or remove {journal.FILE} there"
             )
+        if not resume and (out / runs.REPORT).is_file():
+            say(f"edgellm bench: {out}: its report is replaced ({run.model or 'unreadable'}, {run.time or 'no time'})")
         return runs.held(out)
     if resume:
         return runs.held(runs.unfinished(runs.ROOT, gpu))
@@ -231,7 +243,7 @@ def finish(result: Report, folder: Path) -> None:
     finally:  # a disk that is full by now must not cost the run
         show(rendered(terminal.summary(result)))
         if result["backend"] == "cuda" and (table := layout.shapes_table(result)):
-            show(f"\n{table_figures.text(table)}\n")
+            show(f"\n{table_figures.text(table, result['parts']['latency'].get('bandwidth'))}\n")
     show(files(folder, [*written, folder / journal.FILE]))
     if result["interrupted"]:
         again = [argument for argument in sys.argv[1:] if argument != "--resume"]

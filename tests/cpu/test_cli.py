@@ -857,6 +857,8 @@ def test_ctrl_c_writes_what_is_finished_and_the_run_can_go_on(tmp_path, tiny):
     second = json.loads((kept(tmp_path) / "report.json").read_text())
     assert second["interrupted"] is False
     assert second["resumed_rows"] == len(rows) - 1
+    taken = [product["rows"] for product in second["parts"]["latency"]["products"].values()]
+    assert [row["conditions"].pop("resumed") for rows in taken for row in rows] == [True] * sum(map(len, taken))
     assert second["parts"]["latency"]["products"] == first["parts"]["latency"]["products"]
     assert second["summary"]["throughput_tok_s"]["value"] > 0
 

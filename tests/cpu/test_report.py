@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -268,6 +269,32 @@ def test_products_show_their_ratios_and_what_ran_throttled(whole, throttled):
     assert ("\n**throttled**: " in text) == throttled
 
 
+def test_products_name_the_yardstick_that_ran_throttled(whole):
+    latency = latency_on_a_gpu(throttled=False)
+    latency["products"]["qkv"]["floor"]["cold"]["conditions"] = conditions(True)
+    text = report.markdown({**whole, "parts": {**whole["parts"], "latency": latency}})
+    assert "| rmsnorm_ternary_matmul **throttled: floor** | int8 | 3 |" in text
+    assert "\n**throttled**: " in text
+    latency["products"]["qkv"]["baselines"]["cublas_fp16"]["cold"]["conditions"] = conditions(True)
+    latency["bandwidth"]["conditions"] = conditions(True)
+    text = report.markdown({**whole, "parts": {**whole["parts"], "latency": latency}})
+    assert "| rmsnorm_ternary_matmul **throttled: floor, cublas_fp16, bandwidth** | int8 | 3 |" in text
+    assert "| ternary_matmul **throttled: floor, bandwidth** | int8 | 3 |" in text  # it is not compared with that
+
+
+def test_the_floor_is_explained_where_it_is_shown(whole):
+    text = report.markdown({**whole, "parts": {**whole["parts"], "latency": latency_on_a_gpu(throttled=False)}})
+    assert "only reads the packed weight" in text
+    assert "a ratio to the floor below 1 is no error" in text
+
+
+def test_a_part_says_that_its_figures_rest_on_throttled_rows():
+    ratio = measured(1.5, "x")
+    rows = [{"context": 0, "conditions": conditions(throttled)} for throttled in (False, True)]
+    assert "**throttled: 1 of the measurements below.**" in section({"ratio": ratio, "rows": rows}, "transfer")
+    assert "**throttled" not in section({"ratio": ratio, "rows": rows[:1]}, "transfer")
+
+
 def test_statistics_of_the_main_series_only(whole):
     text = report.markdown(whole)
     rows = [line for line in text.splitlines() if " fused int8, " in line]
@@ -342,21 +369,29 @@ def test_a_damaged_report_is_an_error_of_its_own(whole, tmp_path):
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch) -> Path:
-    """The folder that the package seems to run from."""
-    monkeypatch.setattr(reproducibility, "__file__", str(tmp_path / "bench" / "parts" / "reproducibility.py"))
+    """The folder that the package seems to run from, and in which the command is called."""
+    monkeypatch.setattr(reproducibility, "_HERE", tmp_path)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("EDGELLM_COMMIT", raising=False)
     return tmp_path
+
+
+def commit(folder: Path) -> str:
+    """Everything in the folder; the commit's name."""
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "-q"], ["add", "."], [*author, "commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run(["git", "-C", str(folder), *arguments], check=True)
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="no git")
 def test_commit_of_a_checkout_that_belongs_to_someone_else(checkout, monkeypatch):
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(checkout / "none"))
-    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
-    for arguments in (["init", "-q"], [*author, "commit", "-q", "--allow-empty", "-m", "x"]):
-        subprocess.run(["git", "-C", str(checkout), *arguments], check=True)
+    name = commit(checkout)
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own tests use it
     source = reproducibility.source()
-    assert len(source["git_commit"]["value"]) == 40
+    assert source["git_commit"]["value"] == name
     assert source["git_modified"] == {"value": False}
     (checkout / "new").touch()
     assert reproducibility.source()["git_modified"] == {"value": True}
@@ -374,6 +409,36 @@ def test_commit_of_a_copy_comes_from_the_environment(checkout, monkeypatch):
     source = reproducibility.source()
     assert source["git_commit"] == {"value": "e621a06", "source": "EDGELLM_COMMIT"}
     assert source["git_modified"]["value"] is None
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="no git")
+def test_commit_of_what_was_installed_from_the_checkout_around_it(checkout, monkeypatch):
+    root = Path(__file__).parents[2]
+    clone = checkout / "clone"
+    for name in ("edgellm_cupy", "bench", "kernels_cu"):
+        ignore = shutil.ignore_patterns("__pycache__", "results")
+        shutil.copytree(root / name, clone / name, symlinks=True, ignore=ignore)
+    name = commit(clone)
+    monkeypatch.chdir(clone / "kernels_cu")
+    source = reproducibility.source()
+    assert (source["git_commit"]["value"], source["git_modified"]["value"]) == (name, False)
+    with (clone / "kernels_cu" / "embed.cu").open("a") as f:
+        f.write("// another one\n")
+    assert reproducibility.source()["git_commit"]["reason"] == "not run from a git checkout"
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ('{"url": "https://x/y.git", "vcs_info": {"vcs": "git", "commit_id": "e621a06"}}', "e621a06"),
+        ('{"url": "file:///x", "dir_info": {}}', None),
+        ("nonsense", None),
+        (None, None),
+    ],
+)
+def test_commit_that_pip_fetched(checkout, monkeypatch, told, expected):
+    monkeypatch.setattr(reproducibility, "distribution", lambda name: SimpleNamespace(read_text=lambda file: told))
+    assert reproducibility.source()["git_commit"]["value"] == expected
 
 
 # ---- figures of the small parts -------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import sys
@@ -484,7 +485,8 @@ def test_a_report_tells_which_choices_were_in_use(gpu, folder, monkeypatch):
     monkeypatch.setattr(reproducibility.hardware, "current_nvml_device", lambda: nvml)
     ctx = Context(Checkpoint.random(ec.ModelConfig("tiny", 1, 64, 64, 1, 1, 64, 256)), None)
     environment = reproducibility.environment(ctx)
-    assert environment["tuned"] == {"value": 1, "unit": "entries", "file": str(path)}
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert environment["tuned"] == {"value": 1, "unit": "entries", "file": str(path), "sha256": sha256}
 
     result = suite.run(Context(ctx.checkpoint, "host"), ["transfer"])
     assert result["environment"]["tuned"] == missing("host")
