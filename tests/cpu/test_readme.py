@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,19 +43,21 @@ def block() -> Iterator[str]:
     reports = {name: load(name) for name in REPORTS}
     yield "Whole models, batch 1, greedy, tokens a second (`throughput_*` of the report):"
     yield ""
-    yield "| report | weights | tok/s | 1k context | 4k | 8k | 16k | J a token | kernels a token |"
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    yield "| report | weights | tok/s | 1k context | 4k | 8k | 16k | J a token | kernels a token | commit |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for name, report in reports.items():
         keys = ("throughput_tok_s", *(f"throughput_{d}_ctx_tok_s" for d in ("1k", "4k", "8k", "16k")))
         cells = [figure(report["summary"][key]) for key in (*keys, "energy_per_token_j", "kernels_per_token")]
         link = f"[{name}](bench/results/{name}/report.md)"
-        yield f"| {link} | {report['model']['weights']} | {' | '.join(cells)} |"
+        commit = re.sub(r"^([0-9a-f]{7})[0-9a-f]{33}$", r"\1", report["environment"]["git_commit"]["value"])
+        changed = " with changes" if report["environment"]["git_modified"]["value"] else ""
+        yield f"| {link} | {report['model']['weights']} | {' | '.join(cells)} | {commit}{changed} |"
     yield ""
     report = reports[TABLE] = load(TABLE)
     latency = report["parts"]["latency"]
     yield (
         "One token, float16 x and gamma, microseconds in a CUDA graph with a cold L2: RMSNorm, quantisation and "
-        "product in one launch. `floor` only reads the same bytes "
+        "product in one launch. `floor` only reads the packed weight "
         f"(this GPU reads {figure(latency['bandwidth'])} GB/s), starting when its predecessor has ended; ours starts "
         "before and waits for it inside, `alone` is without that "
         f"([report](bench/results/{TABLE}/report.md)):"
@@ -69,15 +72,20 @@ def block() -> Iterator[str]:
             other = one[shape, "float"]
             figures = [line[key] for key in ("floor", "time", "ratio", "alone")]
             figures += [other["time"], other["ratio"], line["cublas"]]
-            yield f"| {shape} | {line['size']} | {' | '.join(figure(f) for f in figures)} |"
+            mark = table_figures.mark(line["throttled"]) or table_figures.mark(other["throttled"])
+            name = f"{shape} **{mark}**" if mark else shape
+            yield f"| {name} | {line['size']} | {' | '.join(figure(f) for f in figures)} |"
     yield ""
     yield "All of its lines, up to 2048 tokens, in short:"
     yield ""
     yield "| figure | value |"
     yield "| --- | --- |"
     for name, metric in table_figures.summary(latency["table"]).items():
-        of, where = metric.get("of"), metric.get("where")
-        yield f"| {name} | {figure(metric)}{f' of {of}' if of else ''}{f' ({where})' if where else ''} |"
+        of = f" of {metric['of']}" if "of" in metric else ""
+        notes = [metric["where"]] if "where" in metric else []
+        notes += [f"**throttled: {metric['throttled']}**"] if "throttled" in metric else []
+        about = f" ({'; '.join(notes)})" if notes else ""
+        yield f"| {name} | {figure(metric)}{of}{about} |"
     yield ""
     yield from comparison(reports[ONCE], reports.setdefault(AGAIN, load(AGAIN)))
     yield ""
@@ -109,6 +117,16 @@ def comparison(once: dict[str, Any], again: dict[str, Any]) -> Iterator[str]:
             counts = found.counts(pace)
             cells.append(", ".join(f"{counts[v]} {v}" for v in (SAME, FASTER, SLOWER, AMBIGUOUS) if counts[v]))
         yield f"| {title} | {' | '.join(cells)} |"
+    yardsticks = Counter(row.ratio.verdict for row in same.judged if row.old.yardstick)
+    cells = [f"{yardsticks[v]} {v}" for v in (SAME, FASTER, SLOWER, AMBIGUOUS) if yardsticks[v]]
+    yield f"| floors and baselines, in no count above | {', '.join(cells)} | not planted |"
+    shares = [found.counts()[v] / sum(found.counts().values()) for found, v in ((same, SAME), (planted, SLOWER))]
+    yield ""
+    yield (
+        "The goal is 95 % SAME and 90 % SLOWER. What the GPU paces and energy reach it, all rows together do not: "
+        f"{shares[0]:.0%} and {shares[1]:.0%}. The host's speed changed between the two runs, and FASTER in the same "
+        "thing measured twice is its doing: from one run each, believe no change of a row that the host paces."
+    )
 
 
 def test_readme_shows_the_committed_results():
