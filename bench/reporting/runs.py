@@ -16,7 +16,7 @@ import random
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -129,6 +129,8 @@ def kept(root: Path, gpu: str, commit: str | None) -> Iterator[Path]:
         if list(folder.iterdir()) in ([], [rows]) and not (rows.exists() and journal.read(rows)[1]):
             rows.unlink(missing_ok=True)
             folder.rmdir()
+            with suppress(OSError):  # other runs are in there
+                folder.parent.rmdir()
         raise
 
 

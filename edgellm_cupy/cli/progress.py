@@ -47,6 +47,7 @@ _TRUST = 0.1  # of the whole time: expectations weigh as much as that of measure
 _ALMOST = 0.99
 _REDRAW_S = 0.5
 _STEP_WIDTH = 34
+_REST_WIDTH = 28  # of the times, and a bar that can be seen
 
 
 class Remaining:
@@ -145,11 +146,12 @@ def progress(
             return
         drawn, left = now, remaining.seconds()
         what = step if not part or step.startswith(part) else f"{part}: {step}"
+        width = max(1, min(_STEP_WIDTH, bar.console.width - _REST_WIDTH))
         times = f"{_clock(remaining.elapsed)}, left {'about ' + _clock(left) if left else '?'}"
         bar.update(
             task,
             completed=remaining.fraction(),
-            what=f"{what:{_STEP_WIDTH}.{_STEP_WIDTH}}",
+            what=f"{what:{width}.{width}}",
             times=times,
             refresh=True,
         )

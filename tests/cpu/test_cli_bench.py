@@ -399,6 +399,23 @@ def test_the_bar_is_drawn_twice_a_second_and_by_no_thread(tmp_path, tiny):
 
 
 @SIGNALS
+@pytest.mark.parametrize("columns", [40, 50, 80])
+def test_the_remaining_time_is_seen_on_narrow_terminals(tmp_path, tiny, columns):
+    env = {"TERM": "xterm", "COLUMNS": str(columns), "LINES": "24"}
+    _, seen = on_a_terminal(tmp_path, env, MANY_STEPS, *host("hardware", "--out", "out"))
+    assert re.search(r"0:0\d, left (about 0:0\d|\?)", seen)
+    assert "…" not in seen
+
+
+def test_a_report_that_is_replaced_is_named(tiny):
+    assert "replaced" not in invoke(*host("hardware", "--out", "out")).stderr
+    replaced = re.search(
+        r"out: its report is replaced \(.+, 20\d\d-.+\)", invoke(*host("hardware", "--out", "out")).stderr
+    )
+    assert replaced
+
+
+@SIGNALS
 @pytest.mark.parametrize("env", [{"TERM": "dumb"}, {"TERM": "xterm", "NO_COLOR": "1"}], ids=["dumb", "NO_COLOR"])
 def test_a_terminal_that_cannot_or_must_not_be_drawn_on_gets_lines(tmp_path, tiny, env):
     _, seen = on_a_terminal(tmp_path, env, MANY_STEPS, *host("hardware"))

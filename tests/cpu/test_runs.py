@@ -113,7 +113,7 @@ def _fail(root: Path, keys: tuple[str, ...]) -> None:
 def test_a_run_that_fails_before_its_first_row_leaves_nothing(tmp_path):
     with pytest.raises(ec.EdgeLLMError, match="no"):
         _fail(tmp_path, ())
-    assert list(tmp_path.glob("*/*")) == []
+    assert list(tmp_path.iterdir()) == []
     with pytest.raises(ec.EdgeLLMError, match="no"):
         _fail(tmp_path, ("scaling/context 1024",))
     assert [run.rows for run in runs.listing(tmp_path)] == [1]
