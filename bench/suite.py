@@ -238,7 +238,7 @@ def identity(ctx: Context, names: Iterable[str], weights: Path | None = None) ->
     }
 
 
-_SAME = ("git_commit", "git_modified", "gpu_model", "driver_version", "cuda_version", "cpu_model")
+_SAME = ("git_commit", "gpu_model", "driver_version", "cuda_version", "cpu_model")
 _WEIGHTS = (".safetensors", ".gguf", ".pt")
 
 

@@ -12,7 +12,7 @@ import edgellm_cupy as ec
 from edgellm_cupy.bench import suite
 from edgellm_cupy.bench.context import INTERRUPTED, Context, WrongResultError
 from edgellm_cupy.bench.journal import FILE, Journal, JournalError, read
-from edgellm_cupy.bench.metrics import missing
+from edgellm_cupy.bench.metrics import measured, missing
 from edgellm_cupy.bench.parts import hardware, reproducibility, scaling, tokens
 from edgellm_cupy.bench.reporting import report, schema
 from edgellm_cupy.formats.checkpoint import Checkpoint
@@ -93,6 +93,10 @@ def test_what_changes_results_makes_another_run(tmp_path, monkeypatch):
 
     assert differs() == []
     assert differs(seed=1) == ["seed"]
+    with monkeypatch.context() as m:  # the rows themselves, in a folder of the checkout
+        where = suite.reproducibility.environment(context()) | {"git_modified": measured(True)}
+        m.setattr(suite.reproducibility, "environment", lambda ctx: where)
+        assert differs() == []
     weights.write_bytes(b"three")
     assert differs() == ["checkpoint"]
     weights.write_bytes(b"two")
@@ -251,7 +255,7 @@ def test_taken_rows_say_so_and_count_their_seconds(tmp_path):
     assert result["resumed_rows"] == len(measured)
     for part in ("latency", "tokens"):
         before = sum(row["seconds"] for row in measured if row["key"].startswith(part))
-        assert before < result["seconds"][part] < before + 0.5
+        assert before - 0.001 < result["seconds"][part] < before + 0.5  # given to a millisecond
 
 
 @pytest.mark.parametrize(
