@@ -380,7 +380,7 @@ def _power(part: dict[str, Any], facts: dict[str, Any], board: str | None) -> It
 
 def _to_a_tick(row: Row, gross: Metric, windows: list[dict[str, Any]]) -> Row:
     """With too few windows for an interval: a window's energy is known to one step of the counter."""
-    ticks = [w["ticks"] for w in windows if w.get("ticks")]
+    ticks = [w["ticks"] for w in windows if isinstance(w.get("ticks"), int) and w["ticks"] > 0]
     if row.value is None or not ticks:
         return row
     half = gross["value"] / min(ticks)

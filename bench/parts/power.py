@@ -38,7 +38,7 @@ from .. import statistics, timing
 from ..context import Context, WrongResultError
 from ..machine.rails import power_sensor
 from ..machine.telemetry import Sampler
-from ..metrics import Metric, inner, measured, missing
+from ..metrics import Metric, inner, is_metric, measured, missing
 from .hardware import NvmlDevice, current_nvml_device
 from .latency import Operation, Problem, cold_weights
 from .utilisation import CONTEXT, SENSOR_LEAD_S, Chunks, DecodeLoop
@@ -213,11 +213,12 @@ class Meter:
     def window(self, work: Work, seconds: float, calls_per_step: int = 1) -> dict[str, Any]:
         """Repeat `work` for at least `seconds`, from one step of the energy counter to another.
 
-        Keys: seconds, calls, joules (of the window), mean_power_w, ticks (steps of the counter that were seen; None
-        without a counter, with `ticks_reason`), sampled_power_w, integral_j, counter_minus_integral_pct, suspect.
+        Keys: seconds, calls, joules (of the window), mean_power_w, ticks (steps of the counter that were seen; a null
+        figure without a counter), sampled_power_w, integral_j, counter_minus_integral_pct, suspect.
         """
         if self._lead_s:
             work.for_seconds(self._lead_s)
+        counts = self._device.energy()["value"] is not None
         probes = {"power_w": self._power, "energy_j": self._device.energy}
         with Sampler(probes, interval_s=_SAMPLE_S) as sampler:
             begin = self._next_step(work)
@@ -230,15 +231,14 @@ class Meter:
             if power["value"] is None
             else _integral(sampler.readings["power_w"], begin.at, end.at)
         )
-        counts = sampler.values("energy_j", begin.at, end.at)
-        ticks = sum(a != b for a, b in pairwise(counts))
+        ticks = sum(a != b for a, b in pairwise(sampler.values("energy_j", begin.at, end.at)))
         without = {**integral, "source": f"integral of the sampled power: {_NO_COUNTER}; {self.sensor}"}
         joules = _joules(begin.joules, end.joules, ticks) if counts else without
         return {
             "seconds": elapsed,
             "calls": calls,
             "joules": joules,
-            **({"ticks": ticks} if counts else {"ticks": None, "ticks_reason": _NO_COUNTER}),
+            "ticks": ticks if counts else missing(_NO_COUNTER),
             "sampled_power_w": power,
             "mean_power_w": _divided(joules, elapsed, "W"),
             "integral_j": integral,
@@ -329,7 +329,7 @@ def per_call(windows: Sequence[dict[str, Any]], idle: Sequence[dict[str, Any]], 
 
 
 def _fewest_ticks(windows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    if without := [w["ticks_reason"] for w in windows if w["ticks"] is None]:
+    if without := [w["ticks"]["reason"] for w in windows if is_metric(w["ticks"])]:
         return {"ticks": None, "ticks_reason": without[0]}
     return {"ticks": min(w["ticks"] for w in windows)}
 
