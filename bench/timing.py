@@ -20,11 +20,12 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from .statistics import relative_standard_error, summarise
+from .statistics import FEWEST, relative_standard_error, summarise
 
 GRAPH_LAUNCHES = 50  # fewest launches in a graph, so that what is left of its own start is spread thin
 GRAPH_US = 5000  # a graph this long need not have as many: what is left of its start is 0.1 %
 FEWEST_LAUNCHES = 8
+PATIENCE = 4  # times the limit of time, for as many samples as an interval needs
 COLD_L2_FACTOR = 3  # a cold rotation touches this many times the L2
 
 
@@ -36,7 +37,8 @@ class StopRule:
         relative_error: stop once the standard error of the mean, over the mean, is at most this (of as many samples as
             the series is worth, where they depend on each other) ...
         min_samples, min_seconds: ... and there are that many samples, and that much time has passed;
-        max_seconds: or when this much time has passed, precise or not;
+        max_seconds: or when this much time has passed, precise or not; :data:`PATIENCE` times as much where an interval
+            has to be waited for;
         max_samples: or at this many samples, which p99 can rest on and a report can still hold.
     """
 
@@ -103,7 +105,8 @@ def _take(sample: Callable[[], float], unit: str, rule: StopRule) -> Samples:
         series.values.append(sample())
         elapsed = time.perf_counter() - start
         series.at_s.append(elapsed)
-        if elapsed >= rule.max_seconds or len(series.values) >= rule.max_samples:
+        enough = len(series.values) >= min(FEWEST, rule.min_samples) or elapsed >= PATIENCE * rule.max_seconds
+        if (enough and elapsed >= rule.max_seconds) or len(series.values) >= rule.max_samples:
             limit = f"{rule.max_seconds:g} s" if elapsed >= rule.max_seconds else f"{rule.max_samples} samples"
             error = f"{series.relative_error:.2%}" if len(series.values) > 1 else "unknown"
             series.stop = f"limit of {limit} reached, relative standard error {error}"
@@ -226,8 +229,8 @@ def enough_launches(us: float) -> int:
 
 
 def launches_of(call: Callable[[], Any]) -> int:
-    """:func:`enough_launches` of a graph of this call, by a glance at how long one takes."""
-    return enough_launches(device(call, GLANCE)["median"]["value"])
+    """:func:`enough_launches` of a graph of this call, by a glance at a short one: a call alone is mostly enqueuing."""
+    return enough_launches(kernel(Rotation([call], 0, "warm", FEWEST_LAUNCHES), GLANCE)["median"]["value"])
 
 
 def kernel(rotation: Rotation, rule: StopRule, prepare: Callable[[], Any] | None = None) -> dict[str, Any]:

@@ -455,9 +455,10 @@ def measure_floor(ctx: Context, data: Sequence[Any], l2: str, rule: StopRule) ->
     def read(a: Any, blocks: int, threads: int, check: bool = False) -> None:
         load(floor_spec(threads, check))((blocks, 1, 1), (threads, 1, 1), (a, words, sink))
 
+    least = timing.launches_of(partial(read, data[0], sms, max(FLOOR_THREADS)))
+
     def rotation(blocks: int, threads: int) -> Rotation:
-        calls = [partial(read, a, blocks, threads) for a in data]
-        return Rotation(calls, data[0].nbytes, l2, timing.launches_of(calls[0]))
+        return Rotation([partial(read, a, blocks, threads) for a in data], data[0].nbytes, l2, least)
 
     def median_us(configuration: tuple[int, int]) -> float:
         return float(timing.kernel(rotation(*configuration), _SWEEP)["median"]["value"])

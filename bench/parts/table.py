@@ -33,7 +33,7 @@ from ...formats import packing
 from ...kernels.launch import overlap
 from ...reference import accuracy
 from .. import statistics, timing
-from ..context import INTERRUPTED, Context
+from ..context import Context
 from ..metrics import Metric, inner, is_metric, measured, missing
 from ..reporting import table_figures
 from ..timing import Rotation, StopRule
@@ -89,10 +89,7 @@ def _run_cuda(ctx: Context) -> dict[str, Any]:
     cublas, library = load_cublas()
     found = {}
     for shape in ctx.shuffled("shapes", TABLE):
-        if ctx.interrupted:
-            found[shape] = _unmeasured(ctx, shape, INTERRUPTED)
-            continue
-        found[shape] = _Product(ctx, Problem.random(shape, max(ctx.tokens)), cublas, bandwidth).measure()
+        found[shape] = _Product(ctx, shape, cublas, bandwidth).measure()
         cp.get_default_memory_pool().free_all_blocks()  # the next shape's copies have another size
     return {"bandwidth": bandwidth, "cublas": library, "shapes": [found[shape] for shape in TABLE]}
 
@@ -139,10 +136,6 @@ class Problem:
             ec.TernaryWeight.from_packed(_BYTES[codes], scale, (m, k)),
         )
 
-    def bytes(self, n: int) -> int:
-        """What `n` tokens must move: weights and scales, activations, norm weights, results."""
-        return int(self.W.nbytes + self.gamma.nbytes + n * (self.shape.k + self.shape.m) * self.x.itemsize)
-
     def sample(self, n: int, activation: str, fused: bool = True) -> Sample:
         """The check of `n` tokens; the last token and row are always in it."""
         m, k = self.shape.m, self.shape.k
@@ -152,6 +145,12 @@ class Problem:
         weight = ec.TernaryWeight(self.W.packed[rows], self.W.scale[rows], (len(rows), k))
         gamma = self.gamma if fused else None
         return Sample(tokens, rows, accuracy.bound(self.x[tokens], gamma, weight, eps=EPS, activation=activation))
+
+
+def bytes_moved(shape: Shape, n: int) -> int:
+    """What `n` tokens must move: codes and scales, norm weights, activations and results in float16."""
+    code_bytes = packing.chunks(shape.k) * packing.CHUNK_BYTES
+    return shape.m * (code_bytes + 4) + 2 * (shape.k + n * (shape.k + shape.m))
 
 
 def _choose(rng: np.random.Generator, size: int, most: int) -> np.ndarray:
@@ -194,17 +193,22 @@ class _Product:
     def __init__(
         self,
         ctx: Context,
-        problem: Problem,
+        shape: Shape,
         cublas: CuBlas | BaselineUnavailableError,
         bandwidth: Metric,
     ):
         import cupy as cp
 
-        self._ctx, self._p, self._cp, self._cublas = ctx, problem, cp, cublas
+        self._ctx, self._shape, self._cp, self._cublas = ctx, shape, cp, cublas
         self._bandwidth = bandwidth
+        self._launches: dict[str, int] = {}  # in a graph, by row: its series differ in nothing else
         self._rule = _QUICK if ctx.quick else _RULE
 
     # Made by the first row that needs them: what does not fit into memory costs rows, and a row that is there nothing.
+
+    @cached_property
+    def _p(self) -> Problem:
+        return Problem.random(self._shape, max(self._ctx.tokens))
 
     @cached_property
     def _x(self) -> Any:
@@ -216,7 +220,7 @@ class _Product:
 
     @cached_property
     def _y(self) -> Any:
-        return self._cp.empty((len(self._p.x), self._p.shape.m), self._cp.float16)
+        return self._cp.empty((len(self._p.x), self._shape.m), self._cp.float16)
 
     @cached_property
     def _copies(self) -> list[ec.TernaryWeight]:
@@ -233,7 +237,7 @@ class _Product:
 
     def measure(self) -> dict[str, Any]:
         """Floor, baselines and activations in a random order, then the entries that compare them."""
-        shape, tokens = self._p.shape, self._ctx.tokens
+        shape, tokens = self._shape, self._ctx.tokens
         measures: dict[Any, Callable[[], dict[str, Metric]]] = {
             "floor": self._floor,
             **{(n, name): partial(self._baseline, n, name) for n in tokens for name in BASELINES},
@@ -244,11 +248,11 @@ class _Product:
         entries = []
         for n in tokens:
             found = {name: rows[n, name] for name in (*BASELINES, *ACTIVATIONS)}
-            entries.append(_entry(shape, n, found, floor, self._bandwidth, measured(self._p.bytes(n), "bytes")))
+            entries.append(_entry(shape, n, found, floor, self._bandwidth, measured(bytes_moved(shape, n), "bytes")))
         return {**_facts(shape), "floor": floor, "tokens": entries}
 
     def _row(self, what: Any, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        shape = self._p.shape
+        shape = self._shape
         name = what if isinstance(what, str) else "{} tokens, {}".format(*what)
         self._ctx.progress(f"{shape.name} {shape.m} x {shape.k}: {name}")
         return self._ctx.row(f"latency/{shape.name}/{name}", "kernel", measure)
@@ -263,7 +267,7 @@ class _Product:
 
     def _in_any_order(self, what: str, measures: Mapping[str, Callable[[], Metric]]) -> dict[str, Metric]:
         """What each measures, one after the other as the seed says."""
-        return {name: measures[name]() for name in self._ctx.shuffled(f"{self._p.shape.name} {what}", measures)}
+        return {name: measures[name]() for name in self._ctx.shuffled(f"{self._shape.name} {what}", measures)}
 
     def _fused(self, n: int, activation: str) -> dict[str, Metric]:
         """The series of the adaptive strategy by the names of their L2, for one token also `alone`; and, cold, by their
@@ -274,9 +278,9 @@ class _Product:
         def series(strategy: str, l2: str = "cold") -> Metric:
             options = {"eps": EPS, "activation": activation, "strategy": strategy, "out": y}
             calls = [partial(ec.rmsnorm_ternary_matmul, x, self._gamma, w, **options) for w in self._copies]
-            found = self._series(calls, self._p.W.packed.nbytes, l2, y, sample)
+            found = self._series(f"{n} {activation}", calls, self._p.W.packed.nbytes, l2, y, sample)
             if found["value"] is None and found.get("wrong"):
-                self._failed(f"{self._p.shape.name}, N = {n}, {activation}, {strategy}: {found['reason']}")
+                self._failed(f"{self._shape.name}, N = {n}, {activation}, {strategy}: {found['reason']}")
             return found
 
         def alone() -> Metric:
@@ -312,13 +316,14 @@ class _Product:
 
         def series(l2: str) -> Metric:
             try:
-                return self._series([partial(call, w) for w in self._dense], self._dense[0].nbytes, l2, y, sample)
+                calls = [partial(call, w) for w in self._dense]
+                return self._series(f"{n} {name}", calls, self._dense[0].nbytes, l2, y, sample)
             except BaselineUnavailableError as e:
                 return missing(str(e), "us")
 
         return self._in_any_order(f"{n} {name}", {l2: partial(series, l2) for l2 in BASELINES[name]})
 
-    def _series(self, calls: Sequence[Call], copy_bytes: int, l2: str, y: Any, sample: Sample) -> Metric:
+    def _series(self, row: str, calls: Sequence[Call], copy_bytes: int, l2: str, y: Any, sample: Sample) -> Metric:
         """The compact `kernel` series; null when the result is wrong (then with ``wrong``) or memory does not last."""
 
         def poison() -> None:
@@ -328,7 +333,9 @@ class _Product:
             poison()
             calls[0]()
             if not (wrong := sample.check(y)):
-                rotation = Rotation(calls, copy_bytes, l2, timing.launches_of(calls[0]))
+                if row not in self._launches:
+                    self._launches[row] = timing.launches_of(calls[0])
+                rotation = Rotation(calls, copy_bytes, l2, self._launches[row])
                 series = timing.kernel(rotation, self._rule, poison)
                 wrong = sample.check(y)
         except self._cp.cuda.memory.OutOfMemoryError as e:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
+from contextlib import closing
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +16,7 @@ import edgellm_cupy as ec
 from edgellm_cupy import cli, kernels, runtime
 from edgellm_cupy.bench import statistics, suite, timing
 from edgellm_cupy.bench.context import Context
+from edgellm_cupy.bench.journal import Journal
 from edgellm_cupy.bench.metrics import measured, missing
 from edgellm_cupy.bench.parts import baselines, latency, reproducibility, table
 from edgellm_cupy.bench.parts.roofline import RoofFacts
@@ -110,7 +113,9 @@ class FakeGpu:
         self.ran = strategy if launch._overlap else "alone"
         ops.rmsnorm_ternary_matmul(x, gamma, W, eps, activation, None, strategy, out)
 
-    def kernel(self, rotation, rule, prepare):
+    def kernel(self, rotation, rule, prepare=None):
+        if prepare is None:  # a glance
+            return self.series(TIMES[self.ran], 1, rotation.launches)
         prepare()
         for call in rotation.calls:
             call()
@@ -142,10 +147,6 @@ def gpu(monkeypatch) -> FakeGpu:
         packed, scale = cp.asarray(W.packed), cp.asarray(W.scale)
         return [ec.TernaryWeight(packed, scale, W.shape) for _ in range(3)]
 
-    def no_wait(call, rule):
-        call()
-        return gpu.series(20.0, 1, 1)
-
     for module, name, stand_in in (
         (ec, "rmsnorm_ternary_matmul", gpu.fused),
         (ec, "rmsnorm", norm),
@@ -157,7 +158,6 @@ def gpu(monkeypatch) -> FakeGpu:
         (table, "measure_floor", lambda ctx, data, l2, rule: gpu.series(2.0, 3, 51) | {"blocks": 1, "threads": 2}),
         (table, "TABLE", SMALL),
         (timing, "kernel", gpu.kernel),
-        (timing, "device", no_wait),
         (timing, "l2_bytes", lambda: 1 << 12),
         (baselines, "CuBlas", CuBlas),
         (reproducibility, "environment", lambda ctx: dict.fromkeys(("git_commit", "git_modified"), missing("x"))),
@@ -249,9 +249,10 @@ def test_a_wrong_result_has_no_speed(gpu, monkeypatch):
 def test_a_result_that_is_wrong_after_timing_only(gpu, monkeypatch):
     kernel = gpu.kernel
 
-    def late(rotation, rule, prepare):
+    def late(rotation, rule, prepare=None):
         series = kernel(rotation, rule, prepare)
-        prepare()  # the graph wrote nothing
+        if prepare:
+            prepare()  # the graph wrote nothing
         return series
 
     monkeypatch.setattr(timing, "kernel", late)
@@ -264,7 +265,7 @@ def test_a_result_that_is_wrong_after_timing_only(gpu, monkeypatch):
 
 
 def test_memory_that_does_not_last_is_no_failure(gpu, monkeypatch):
-    def full(rotation, rule, prepare):
+    def full(rotation, rule, prepare=None):
         raise MemoryError("out of memory")
 
     monkeypatch.setattr(timing, "kernel", full)
@@ -272,6 +273,33 @@ def test_memory_that_does_not_last_is_no_failure(gpu, monkeypatch):
     assert suite.exit_code(result) == 0
     row = result["parts"]["latency"]["table"]["shapes"][0]["tokens"][0]["rows"][0]
     assert row["kernel"]["cold"] == {"value": None, "unit": "us", "reason": "out of memory"}
+
+
+def test_the_series_of_a_row_have_as_many_launches(gpu, monkeypatch):
+    glances = iter(range(1, 1000))
+    monkeypatch.setattr(timing, "launches_of", lambda call: 51 * next(glances))  # no two are alike
+    measure((1, 16))
+    series = Counter(launches for _, _, launches in gpu.seen)
+    assert len(series) == 2 * 2 * 4  # shapes, numbers of tokens, baselines and activations
+    assert sorted(series.values()) == [1] * 4 + [2] * 4 + [4] * 4 + [5] * 4  # with `alone` and the strategies
+
+
+def test_ctrl_c_between_two_rows_keeps_all_that_are_finished(gpu, monkeypatch, tmp_path):
+    measures = table._Product.measure
+
+    def interrupted(product):
+        figures = measures(product)
+        if product._ctx.interrupted:
+            return figures
+        raise KeyboardInterrupt  # as between two shapes
+
+    monkeypatch.setattr(table._Product, "measure", interrupted)
+    ctx = context(None, (1,))
+    with closing(Journal.open(tmp_path, {"x": 1}, resume=False)) as ctx.journal:
+        result = suite.run(ctx, ["latency"], "edgellm bench latency --shapes table")
+    assert result["interrupted"]
+    known = [line["time"]["value"] for line in table_figures.lines(result["parts"]["latency"]["table"])]
+    assert sorted(known, key=str) == [4.0, 4.0, None, None]  # of the first of two shapes
 
 
 def test_nothing_in_a_row_always_follows_the_same(gpu, monkeypatch):
@@ -297,7 +325,8 @@ def test_a_floor_that_takes_long_needs_fewer_launches(monkeypatch, us, launches)
     seen = []
 
     def kernel(rotation, rule):
-        seen.append(rotation.launches)
+        if rule is not timing.GLANCE:
+            seen.append(rotation.launches)
         return FakeGpu.series(us, 3, rotation.launches)
 
     def load(spec):
@@ -305,7 +334,6 @@ def test_a_floor_that_takes_long_needs_fewer_launches(monkeypatch, us, launches)
 
     monkeypatch.setitem(sys.modules, "cupy", cp)
     monkeypatch.setattr(kernels, "load", load)
-    monkeypatch.setattr(timing, "device", lambda call, rule: FakeGpu.series(us, 1, 1))
     monkeypatch.setattr(timing, "kernel", kernel)
     ctx = context(None, ())
     floor = latency.measure_floor(ctx, data, "cold", timing.QUICK)
@@ -317,7 +345,7 @@ def test_a_floor_that_takes_long_needs_fewer_launches(monkeypatch, us, launches)
 
 @pytest.mark.parametrize(("us", "least"), [(1.0, 50), (100.0, 50), (250.0, 20), (1e4, 8)])
 def test_a_long_launch_needs_fewer_in_a_graph(monkeypatch, us, least):
-    monkeypatch.setattr(timing, "device", lambda call, rule: FakeGpu.series(us, 1, 1))
+    monkeypatch.setattr(timing, "kernel", lambda rotation, rule: FakeGpu.series(us, 1, rotation.launches))
     assert timing.launches_of(lambda: None) == least
 
 
@@ -360,9 +388,9 @@ def test_what_rests_on_a_throttled_row_is_marked(gpu):
     row["conditions"] = THROTTLED
     lines, summary = marked(result)
     assert lines == {
-        "| 2B4T qkv **throttled** | 70 x 128 | 2048 | int8",
-        "| 2B4T qkv, N = 2048 **throttled** | 2048 | cold | int8",  # of the roofline
-        "| 2B4T qkv, N = 2048 **throttled** | 2048 | warm | int8",
+        "| 2B4T qkv **throttled** | 70 x 128 | 2,048 | int8",
+        "| 2B4T qkv, N = 2048 **throttled** | 2,048 | cold | int8",  # of the roofline
+        "| 2B4T qkv, N = 2048 **throttled** | 2,048 | warm | int8",
     }
     rate = "rate_over_cublas_product_2048_int8"
     assert summary == {f"{rate}_geomean": "1 of 1", f"{rate}_min": "1 of 1", "warm_over_cold_max": "1 of 12"}
@@ -383,9 +411,9 @@ def test_what_rests_on_a_throttled_yardstick_is_marked(gpu):
     second["baselines"]["cublas_fp16_product"]["cold"]["conditions"] = THROTTLED
     lines, summary = marked(result)
     assert lines == {
-        *(f"| SmolLM out **throttled: floor** | 40 x 64 | {n} | {a}" for n in (1, 2048) for a in ("int8", "float")),
+        *(f"| SmolLM out **throttled: floor** | 40 x 64 | {n:,} | {a}" for n in (1, 2048) for a in ("int8", "float")),
         *(f"| 2B4T qkv **throttled: cuBLAS** | 70 x 128 | 1 | {a}" for a in ("int8", "float")),
-        *(f"| 2B4T qkv **throttled: GEMM** | 70 x 128 | 2048 | {a}" for a in ("int8", "float")),
+        *(f"| 2B4T qkv **throttled: GEMM** | 70 x 128 | 2,048 | {a}" for a in ("int8", "float")),
     }
     assert summary == {
         **{f"ratio_to_floor_{a}_{how}": "1 of 2" for a in ("int8", "float") for how in ("geomean", "max")},

@@ -151,6 +151,17 @@ def test_one_slow_sample_is_a_series(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "unknown" in series.stop
 
 
+def test_the_time_limit_waits_for_the_samples_of_an_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = timing.StopRule(relative_error=0.0, min_samples=10, min_seconds=0, max_seconds=1)
+    for sample_s, expected in ((0.4, statistics.FEWEST), (0.7, statistics.FEWEST), (1.5, 3), (5.0, 1)):
+        monkeypatch.setattr(timing, "time", Clock(sample_s))
+        noisy = iter(np.random.default_rng(0).exponential(size=100))
+        assert len(timing.take(lambda noisy=noisy: next(noisy), "us", rule).values) == expected
+    glance = timing.StopRule(relative_error=0.0, min_samples=3, min_seconds=0, max_seconds=1)
+    monkeypatch.setattr(timing, "time", Clock(0.9))
+    assert len(timing.take(lambda: 1.0, "us", glance).values) == 3
+
+
 def test_wall_clock_counts_what_the_call_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(0.0)
     monkeypatch.setattr(timing, "time", clock)
