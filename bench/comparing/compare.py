@@ -31,7 +31,7 @@ from typing import Any
 from ...errors import ArgumentValueError, EdgeLLMError
 from ..metrics import is_metric
 from ..reporting import report
-from ..reporting.layout import warnings
+from ..reporting.document import warnings
 from . import imports, verdict
 from .comparison_text import markdown, terminal
 from .rows import METRICS, WORK, YARDSTICKS, Row, rows_of

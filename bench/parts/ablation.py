@@ -1,9 +1,10 @@
 """Where a token's microseconds go: its graph again and again, each time without one kind of kernel.
 
 A kind of kernel costs what a token gains when it is left out. Kernels overlap (the next one loads its weights while its
-predecessor still computes), and what is left out takes its share of the overlap with it: the costs add up to something
-near the token's time, never to that time itself. Beside each cost stands its floor, what the memory alone would take,
-and the gap between the two. What the graphs compute is meaningless, so nothing but their time is looked at.
+predecessor still computes), and what is left out takes its share of the overlap with it: the costs need not add up to
+the token's time, and one is below 0 where the kernels that are left lose more overlap than it takes. Beside each cost
+stands its floor, what the memory alone would take, and the gap between the two. What the graphs compute is meaningless,
+so nothing but their time is looked at.
 
 The four products of a layer may share one kernel, so kinds are told apart by the order of the launches, which repeats
 itself in every layer. The kernel that ends a step is absent from all graphs but one: without it the context keeps its
@@ -39,8 +40,8 @@ _BEFORE_PRODUCTS = ("rmsnorm", "quantise_tiles")  # launches of their own that b
 _REPLAYS, _LEAD = 8, 2  # timed replays of a graph for one sample, behind others that keep the device busy
 _FIRST_TOKEN = 1  # decoding needs some id to start from
 _MEANING = (
-    "time: what a token gains when these launches are left out of its graph; floor: what their bytes alone take; the "
-    "times do not add up to the token's, because kernels overlap"
+    "time: what a token gains when these launches are left out of its graph, below 0 where those that are left can "
+    "overlap less; floor: what their bytes alone take; the times need not add up to the token's, as kernels overlap"
 )
 _NO_FLOOR = "it moves too few bytes for the memory to be its bound"
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..metrics import Metric, is_metric
-from . import layout, table_figures
+from ..metrics import Metric, is_metric, measured
+from . import layout, stability, table_figures
 from .layout import Report
 
 
@@ -45,6 +45,22 @@ INTERVALS = (
 )
 
 
+def warnings(report: Report) -> list[str]:
+    """What a reader must know before any figure, one sentence each."""
+    found = []
+    if report["no_gpu"]:
+        found.append(f"No GPU was measured, everything ran in NumPy on the host: {report['no_gpu']}")
+    if report["quick"]:
+        found.append("Quick run: short windows and few samples. Do not quote it.")
+    if report["interrupted"]:
+        found.append("Interrupted: the parts that are missing did not run.")
+    found += [f"Wrong result: {failure}" for failure in report["failures"]]
+    found += stability.banners(report)
+    for name, error in report["errors"].items():
+        found.append(f"{'Row' if '/' in name else 'Part'} {name} failed: {error['reason']}")
+    return found
+
+
 def facts(report: Report) -> dict[str, str]:
     """What was run, with what, and when: a line for each."""
     workload, environment = report["workload"], report.get("environment", {})
@@ -64,14 +80,18 @@ def _decoder(report: Report) -> dict[str, str]:
     model, check = report["model"], report["decoder_check"]
     if model is None:
         return {}
-    head = "" if model["head_bytes"] is None else f", head {model['head_bytes']} bytes"
+    head = "" if model["head_bytes"] is None else f", head {_bytes(model['head_bytes'])}"
     stored = model["decoder"]  # null when no part decodes
     return {
         "Model": _shape(model["config"]),
-        "Weights": f"{model['weights']}; body {model['body_bytes']} bytes{head}",
+        "Weights": f"{model['weights']}; body {_bytes(model['body_bytes'])}{head}",
         **({"Decoder": layout.with_unit(stored) if is_metric(stored) else layout.inline(stored)} if stored else {}),
         "Decoder against the reference": "; ".join(filter(None, [layout.with_unit(check), layout.detail(check)])),
     }
+
+
+def _bytes(size: int) -> str:
+    return layout.with_unit(measured(size, "bytes"))
 
 
 def doctor(report: Report) -> list[Block]:
@@ -120,6 +140,8 @@ _TITLES = {
 
 def section(name: str, figures: dict[str, Any]) -> list[Block]:
     """A part: what its own layout or the general one makes of it, then the statistics of its main series."""
+    if name == "kernels":
+        figures = kernels(figures)
     blocks = _latency(figures) if name == "latency" else body(layout.without_windows(figures), 3)
     if name != "latency" and (count := layout.count_throttled(figures)):  # its lines are marked one by one
         blocks.insert(
@@ -134,6 +156,41 @@ def section(name: str, figures: dict[str, Any]) -> list[Block]:
     if rows := statistics(name, figures):
         blocks += [Heading(3, "Statistics"), rows]
     return blocks
+
+
+def kernels(figures: dict[str, Any]) -> dict[str, Any]:
+    """The part `kernels` for a reader: of what each share is, and what overlaps.
+
+    In the JSON `share_pct` is of time in the trace and of launches elsewhere.
+    """
+
+    def renamed(rows: Any, share: str) -> Any:
+        if not isinstance(rows, list):
+            return rows
+        return [{share if key == "share_pct" else key: value for key, value in row.items()} for row in rows]
+
+    found = {
+        key: renamed(value, "% of launches") if key in ("launch_share", "kernels") else value
+        for key, value in figures.items()
+    }
+    trace, times = found.get("trace"), found.get("where_the_time_goes")
+    if isinstance(trace, dict) and layout.measured_rows(trace.get("kernels")):
+        rows = renamed(trace["kernels"], "% of summed time")
+        found["trace"] = {**trace, "overlap": layout.overlap(trace), "kernels": rows}
+    if isinstance(times, dict) and "meaning" in times:
+        found["where_the_time_goes"] = {**times, "meaning": _costs(times)}
+    return found
+
+
+def _costs(times: dict[str, Any]) -> str:
+    """How to read the table of :mod:`..parts.ablation`, with its sum; what 1.2 said of it was wrong."""
+    total, token = (layout.with_unit(times[key]) for key in ("sum_us", "token_us"))
+    return (
+        "time: what a token gains when these launches are left out of its graph; floor: what their bytes alone take. "
+        f"The times add up to {total}, the token takes {token}: kernels overlap, so that the two need not agree, and "
+        "where they do it is by chance. Below 0: the token takes longer without these launches, as those that are left "
+        "can overlap less."
+    )
 
 
 _PRODUCT_COLUMNS = [
@@ -235,7 +292,7 @@ def shapes(figures: dict[str, Any], bandwidth: Metric | None = None) -> list[Blo
     for line in table_figures.lines(figures, bandwidth):
         cells = [table_figures.cell(line[key]) for key in table_figures.COLUMNS]
         name = f"{line['shape']}{_wrong(line['row'])}{_mark(line['throttled'])}"
-        rows.append([name, line["size"], str(line["n"]), line["activation"], *cells])
+        rows.append([name, line["size"], layout.number(line["n"]), line["activation"], *cells])
     notes = [Paragraph(table_figures.NOTES)]
     if layout.count_throttled([figures, bandwidth]):
         notes.append(Paragraph(_THROTTLED_NOTE))
@@ -277,7 +334,7 @@ def statistics(name: str, figures: dict[str, Any]) -> Table | None:
     series = [(label, value) for label, value in _main_series(name, figures) if layout.is_series(value)]
     columns = ["series", "unit", "n", *(key.replace("_", " ") for key in _STATISTICS)]
     rows = [
-        [label, s["unit"], str(s["n"]), *(layout.number(s[key]["value"], 5) for key in _STATISTICS)]
+        [label, s["unit"], layout.number(s["n"]), *(layout.number(s[key]["value"]) for key in _STATISTICS)]
         for label, s in series
     ]
     return Table(columns, rows) if rows else None
@@ -295,7 +352,7 @@ def _main_series(name: str, figures: dict[str, Any]) -> Iterator[tuple[str, Any]
         yield "token latency", figures.get("token_latency")
     elif name == "scaling":
         for row in layout.measured_rows(figures.get("rows")):
-            yield f"token latency at context {row['context']}", row["latency"]
+            yield f"token latency at context {layout.number(row['context'])}", row["latency"]
 
 
 # ---- the general layout ---------------------------------------------------------------------------------------------
@@ -338,11 +395,26 @@ def table(rows: list[dict[str, Any]]) -> Table:
     """One line for each row; what is nested in it becomes columns of their own, a series its median."""
     flat = [dict(layout.leaves(row)) for row in rows]
     columns: dict[str, str] = {}  # name -> heading: with the unit, if any row has one
-    for name, value in (leaf for row in flat for leaf in row.items()):
-        unit = value.get("unit") if isinstance(value, dict) else None
-        if unit or name not in columns:
-            columns[name] = f"{name} ({unit})" if unit else name
-    return Table(list(columns.values()), [[layout.short(row.get(name, "")) for name in columns] for row in flat])
+    factors: dict[str, float] = {}
+    for name in dict.fromkeys(key for row in flat for key in row):
+        values = [row[name] for row in flat if name in row]
+        unit = next((found for value in values if isinstance(value, dict) and (found := value.get("unit"))), None)
+        unit, factors[name] = layout.scaled(unit, map(_bare, values))
+        columns[name] = f"{name} ({unit})" if unit else name
+    cells = [[_multiplied(row.get(name, ""), factors[name]) for name in columns] for row in flat]
+    return Table(list(columns.values()), cells)
+
+
+def _bare(x: Any) -> Any:
+    """The number that a cell shows."""
+    figure = x["median"] if layout.is_series(x) else x
+    return figure["value"] if is_metric(figure) else figure
+
+
+def _multiplied(x: Any, factor: float) -> str:
+    """A cell in the unit of its column."""
+    value = _bare(x)
+    return layout.number(value * factor) if factor != 1 and isinstance(value, (int, float)) else layout.short(x)
 
 
 def reasons(value: Any) -> list[Block]:

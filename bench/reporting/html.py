@@ -41,7 +41,7 @@ def html(report: Report, drawn: list[plots.Plot] | None = None) -> str:
         for title, anchor, content in shown
     ]
     name = f"{layout.subject(report)} on {layout.place(report)}"
-    warnings = "".join(f"<li>{_escape(warning)}</li>" for warning in layout.warnings(report))
+    warnings = "".join(f"<li>{_escape(warning)}</li>" for warning in document.warnings(report))
     return "\n".join(
         [
             "<!DOCTYPE html>",
@@ -113,9 +113,10 @@ _TABLE_TILES = (
     ("Over the floor, one token, int8", "ratio_to_floor_int8_geomean"),
     ("Over the floor, the worst shape", "ratio_to_floor_int8_max"),
     ("Time of 8 tokens over one", "time_8_tokens_over_1_geomean"),
-    ("Rate over cuBLAS, 2,048 tokens", "rate_over_cublas_product_2048_int8_geomean"),
+    ("Rate over cuBLAS, 2,048 tokens, int8", "rate_over_cublas_product_2048_int8_geomean"),
+    ("Rate over cuBLAS, 2,048 tokens, float", "rate_over_cublas_product_2048_float_geomean"),
     ("Faster than cuBLAS, 16 to 256 tokens", "faster_than_cublas_16_to_256"),
-    ("The least of these", "faster_than_cublas_16_to_256_min"),
+    ("Least speed-up over cuBLAS, 16 to 256 tokens", "faster_than_cublas_16_to_256_min"),
 )
 """Label and key of those of a table of shapes."""
 
@@ -160,33 +161,28 @@ def _range(pairs: list[Any]) -> Metric | None:
 
 
 def _tile(label: str, figure: Metric) -> str:
+    figure = layout.rescaled(figure)
     notes = []
     if figure.get("ci95"):
-        notes.append(f"95 %: {' to '.join(map(_said, figure['ci95']))}")
+        notes.append(f"95 %: {_interval(figure)}")
     for key, said in (("context", "context {}"), ("batch", "batch {}"), ("prompt_tokens", "{} tokens")):
         if key in figure:
-            notes.append(said.format(figure[key]))
+            notes.append(said.format(layout.number(figure[key])))
     notes += [figure[key] for key in ("of", "where", "scope") if isinstance(figure.get(key), str)]
     if isinstance(of := figure.get("of"), int):
-        notes.append(f"of {of}")
+        notes.append(f"of {layout.number(of)}")
     if figure.get("synthetic"):
         notes.append("beyond the model's context")
     unit = f" <small>{_escape(_unit(figure))}</small>" if figure.get("unit") else ""
     if "throttled" in figure:
         notes.append(f"**throttled: {figure['throttled']}**")
     note = "".join(f'<dd class="note">{_marked(note)}</dd>' for note in notes)
-    value = _escape(_said(figure["value"]))
+    value = _escape(layout.number(figure["value"]))
     return f'<div><dt>{_escape(label)}</dt><dd class="value">{value}{unit}</dd>{note}</div>'
 
 
-def _said(value: Any) -> str:
-    """Four digits, and commas between thousands."""
-    return f"{value:,.0f}" if isinstance(value, float) and value >= 1000 else layout.number(value, 4)
-
-
 def _unit(figure: Metric) -> str:
-    unit = figure["unit"]
-    return "µs" if unit == "us" else unit
+    return figure["unit"].replace("us", "µs").replace("uJ", "µJ")
 
 
 _MACHINE = (
@@ -279,20 +275,19 @@ _KEYS_AND_VALUES = (
 def _scaling(scaling: dict[str, Any]) -> str:
     lines = _by_key(scaling, ("throughput_degradation_slope_pct_per_1k", "time_16k_over_0"))
     rows = [
-        [
-            str(row["context"]),
-            "beyond it" if row["synthetic"] else "within",
-            layout.short(row["tok_s"]),
-            _interval(row["tok_s"]),
-            layout.short(row["latency"]),
-            layout.short(row.get("kv_cache_bytes", "")),
-        ]
+        {
+            "context": row["context"],
+            "model's context": "beyond it" if row["synthetic"] else "within",
+            "tok/s": row["tok_s"]["value"],
+            "95 % interval": _interval(row["tok_s"]),
+            "a token": row["latency"],
+            "KV cache": row.get("kv_cache_bytes", ""),
+        }
         for row in _rows(scaling, "rows")
     ]
-    columns = ["context", "model's context", "tok/s", "95 % interval", "ms a token", "KV cache (bytes)"]
     content = ""
     if rows:
-        content = f"<p>{_KEYS_AND_VALUES}</p>{_table(Table(columns, rows), 'Speed against the tokens in the context')}"
+        content = f"<p>{_KEYS_AND_VALUES}</p>{_table(document.table(rows), 'Speed against the tokens in the context')}"
     return content + _figures(lines, "What more context costs") + _reasons(scaling)
 
 
@@ -315,6 +310,7 @@ def _energy(power: dict[str, Any]) -> str:
 
 
 def _kernels(kernels: dict[str, Any]) -> str:
+    kernels = document.kernels(kernels)
     keys = (
         "kernels_per_token", "graph_launches_per_token", "host_sync_calls_per_token", "avg_kernel_exec_time_ms",
         "token_gpu_ms",
@@ -324,6 +320,7 @@ def _kernels(kernels: dict[str, Any]) -> str:
     if isinstance(trace, dict) and (rows := _rows(trace, "kernels")):
         lines = [{key: value for key, value in row.items() if key != "names"} for row in rows]
         content += _table(document.table(lines), "Kernels of a token, traced")
+        content += f"<p>{_marked(trace['overlap'])}</p>"
     if isinstance(times, dict) and (rows := _rows(times, "kernels")):
         lines = [{key: value for key, value in row.items() if key not in ("kernels", "files")} for row in rows]
         content += _table(document.table(lines), "Where the time goes")
@@ -348,13 +345,14 @@ def _figures(lines: list[tuple[str, Any]], caption: str) -> str:
         figure = x["median"] if layout.is_series(x) else x
         if not is_metric(figure) or figure["value"] is None:
             continue  # its reason stands below
-        value = layout.number(figure["value"], 5)
-        rows.append([label, value, figure.get("unit", ""), _interval(figure), str(figure.get("n", ""))])
+        figure = layout.rescaled(figure)
+        said = [layout.number(figure["value"]), figure.get("unit", ""), _interval(figure)]
+        rows.append([label, *said, layout.number(figure.get("n", ""))])
     return _table(Table(["figure", "value", "unit", "95 % interval", "n"], rows), caption) if rows else ""
 
 
 def _interval(figure: Metric) -> str:
-    return " to ".join(layout.number(end, 5) for end in figure.get("ci95") or ())
+    return " to ".join(map(layout.number, figure.get("ci95") or ()))
 
 
 def _reasons(figures: dict[str, Any]) -> str:
@@ -384,7 +382,11 @@ _CONDITIONS = ("sm_clock_mhz", "memory_clock_mhz", "temperature_c", "throttle_re
 
 
 def _conditions(report: Report) -> str:
-    measurements = list(_measurements(report["parts"], ""))
+    measurements = [
+        (name, found)
+        for _, name, found in layout.walk(report["parts"])
+        if is_metric(found.get("throttled")) and "sm_clock_mhz" in found
+    ]
     if not measurements:
         return ""
     reasons = _reasons({place: {key: c.get(key) for key in _CONDITIONS} for place, c in measurements})
@@ -416,42 +418,14 @@ def _spread(figure: Any) -> str:
     if not is_metric(figure):
         return ""
     low, high = figure.get("min"), figure.get("max")
-    return layout.number(figure["value"], 4) + (f" ({low} to {high})" if low != high else "")
-
-
-def _measurements(value: Any, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Place and conditions of whatever inside `value` was measured under some."""
-    if isinstance(value, list):
-        for i, inner in enumerate(value, 1):
-            yield from _measurements(inner, f"{place} {_called(inner) or i}")
-    elif isinstance(value, dict) and not is_metric(value) and not layout.is_series(value):
-        if is_metric(value.get("throttled")) and "sm_clock_mhz" in value:
-            yield place.removesuffix(" conditions").strip(), value
-        for key, inner in value.items():
-            if isinstance(inner, (dict, list)):
-                yield from _measurements(inner, place if place and key in _LISTS else f"{place} {key}".strip())
-
-
-_LISTS = ("products", "rows", "table", "shapes", "tokens")
-"""Keys that add nothing to the name of what is in them."""
-
-
-def _called(row: Any) -> str:
-    """What tells a row from its neighbours."""
-    if not isinstance(row, dict):
-        return ""
-    keys = ("model", "layer", "op", "activation", "n", "context", "batch", "tokens", "sampling", "direction", "bytes")
-    return " ".join(
-        f"{key} {row[key]}" if isinstance(row[key], int) else row[key]
-        for key in keys
-        if isinstance(row.get(key), (str, int))
-    )
+    ends = f" ({layout.number(low)} to {layout.number(high)})" if low != high else ""
+    return layout.number(figure["value"]) + ends
 
 
 def _summary(report: Report) -> str:
     rows = []
     for key, figure in report["summary"].items():
-        interval = f"; {layout.interval(figure)}" if figure.get("ci95") else ""
+        interval = f"; {layout.interval(layout.rescaled(figure))}" if figure.get("ci95") else ""
         rows.append([key, layout.with_unit(figure) + interval])
     return _table(Table(["Metric", "Value"], rows), "The keys of the original benchmark")
 
@@ -483,7 +457,7 @@ def _blocks(blocks: list[Block], known: str = "") -> str:
     return "\n".join(found)
 
 
-_NUMBER = re.compile(r"-?[\d.,]+(e[+-]?\d+)?%?( \(-?[\d.]+ to -?[\d.]+\))?|null|")
+_NUMBER = re.compile(r"-?[\d.,]+(e[+-]?\d+)?%?( \(-?[\d.,]+ to -?[\d.,]+\))?|null|")
 _SHORT = 14
 """Characters of a cell that stays on one line, such as a value with its unit."""
 _TALL = 60

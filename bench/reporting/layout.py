@@ -6,7 +6,7 @@ here: that is for whoever writes it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ..metrics import Metric, is_metric
@@ -36,26 +36,6 @@ def shapes_table(report: Report) -> dict[str, Any] | None:
     return report["parts"].get("latency", {}).get("table")
 
 
-def warnings(report: Report) -> list[str]:
-    """What a reader must know before any figure, one sentence each."""
-    found = []
-    if report["no_gpu"]:
-        found.append(f"No GPU was measured, everything ran in NumPy on the host: {report['no_gpu']}")
-    if report["quick"]:
-        found.append("Quick run: short windows and few samples. Do not quote it.")
-    if report["interrupted"]:
-        found.append("Interrupted: the parts that are missing did not run.")
-    slowed = {name: count for name, figures in report["parts"].items() if (count := count_throttled(figures))}
-    if slowed:
-        where = ", ".join(f"{name} ({count})" for name, count in slowed.items())
-        found.append(f"Throttled: the GPU held its clocks down during measurements of {where}. They are marked.")
-    found += [f"Wrong result: {failure}" for failure in report["failures"]]
-    found += [f"Unstable: {finding}." for finding in report.get("stability", [])]  # not in reports before 1.3
-    for name, error in report["errors"].items():
-        found.append(f"{'Row' if '/' in name else 'Part'} {name} failed: {error['reason']}")
-    return found
-
-
 def count_throttled(value: Any) -> int:
     """How many measurements inside `value` ran throttled."""
     if isinstance(value, list):
@@ -63,6 +43,15 @@ def count_throttled(value: Any) -> int:
     if not isinstance(value, dict):
         return 0
     return is_throttled(value) + sum(map(count_throttled, value.values()))
+
+
+def overlap(trace: dict[str, Any]) -> str:
+    """Why the traced times of a token's kernels add up to more than the token; `trace`: see :mod:`..parts.cupti`."""
+    times = [row["us"]["value"] if is_metric(row["us"]) else row["us"] for row in measured_rows(trace["kernels"])]
+    said = f"Kernels overlap: their times add up to {number(float(sum(filter(None, times))))} us"
+    busy: Any = trace.get("gpu_busy_us")
+    known = is_metric(busy) and busy["value"] is not None
+    return f"{said}, but the GPU is busy for {with_unit(busy)} of a token only." if known else f"{said}."
 
 
 def is_throttled(conditions: dict[str, Any]) -> bool:
@@ -113,6 +102,41 @@ def windows(value: Any, label: str) -> Iterator[dict[str, Any]]:
         for key, inner in value.items():
             if not (key == "window" and "windows" in value):  # the first of those
                 yield from windows(inner, f"{label} {key}".strip())
+
+
+def walk(value: Any, place: str = "", name: str = "") -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Every dictionary inside `value`, with its path in the JSON and the name that a reader knows it by.
+
+    Conditions have path and name of the row that they belong to.
+    """
+    if isinstance(value, list):
+        for i, inner in enumerate(value):
+            if isinstance(inner, (dict, list)):
+                called = _called(inner) or str(i + 1)
+                yield from walk(inner, f"{place}[{i}]", f"{name}{', ' if ' ' in name else ' '}{called}")
+    elif isinstance(value, dict):
+        yield place, name, value
+        for key, inner in value.items():
+            if key == "conditions":
+                yield from walk(inner, place, name)
+            elif isinstance(inner, (dict, list)):
+                named = name if name and key in _LISTS else f"{name}{', ' if ' ' in name else ' '}{key}".strip()
+                yield from walk(inner, f"{place}.{key}".strip("."), named)
+
+
+_LISTS = ("products", "rows", "table", "shapes", "tokens")
+"""Keys that add nothing to the name of what is in them."""
+
+
+def _called(row: Any) -> str:
+    """What tells a row from its neighbours."""
+    if not isinstance(row, dict):
+        return ""
+    keys = ("model", "layer", "op", "activation", "n", "context", "batch", "tokens", "sampling", "direction", "bytes")
+    found = {key: row[key] for key in keys if isinstance(row.get(key), (str, int))}
+    return " ".join(
+        (f"N = {x}" if key == "n" else f"{key} {x}") if isinstance(x, int) else x for key, x in found.items()
+    )
 
 
 def without_windows(value: Any) -> Any:
@@ -177,14 +201,51 @@ def is_window(value: Any) -> bool:
 # ---- cells ----------------------------------------------------------------------------------------------------------
 
 
-def number(value: Any, digits: int = 6) -> str:
-    """A scalar or a list as text, a float with that many significant digits."""
+_DIGITS = 4
+"""Significant digits of a figure; report.json has all of them."""
+
+_SMALLER = {"s": ("ms", 1e3), "ms": ("us", 1e3), "us": ("ns", 1e3), "J": ("mJ", 1e3), "mJ": ("uJ", 1e3),
+            "ms^2": ("us^2", 1e6), "us^2": ("ns^2", 1e6)}  # fmt: skip
+_LARGER = {"bytes": "KiB", "KiB": "MiB", "MiB": "GiB"}
+
+
+def scaled(unit: str | None, values: Iterable[Any]) -> tuple[str | None, float]:
+    """The unit that suits the middle one of values that all have `unit`, and what to multiply them by.
+
+    Times and energies get a smaller unit, bytes a larger one; all others keep theirs.
+    """
+    sizes = sorted(abs(x) for x in values if isinstance(x, (int, float)) and x)
+    if not sizes or unit is None:
+        return unit, 1.0
+    middle, factor, sized = sizes[len(sizes) // 2], 1.0, unit == "bytes"
+    while middle < 0.01 and unit in _SMALLER and middle * factor < 1:
+        unit, step = _SMALLER[unit]
+        factor *= step
+    while sized and unit in _LARGER and middle * factor >= 1024:  # what is given in MiB has that in its name
+        unit = _LARGER[unit]
+        factor /= 1024
+    return unit, factor
+
+
+def rescaled(figure: Metric) -> Metric:
+    """The figure in the unit that :func:`scaled` gives for its value, its interval too."""
+    unit, factor = scaled(figure.get("unit"), [figure["value"]])
+    if factor == 1:
+        return figure
+    ends = {"ci95": [end * factor for end in figure["ci95"]]} if figure.get("ci95") else {}
+    return {**figure, **ends, "value": figure["value"] * factor, "unit": unit}
+
+
+def number(value: Any, digits: int = _DIGITS) -> str:
+    """A scalar or a list as text: a float with that many significant digits, commas between thousands."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
-        return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"
+        return f"{value:.{digits}g}" if abs(value) < 999.5 else f"{value:,.0f}"
+    if isinstance(value, int):
+        return f"{value:,}"
     if isinstance(value, dict):
         return _conditions(value) if "throttled" in value else f"{len(value)} in report.json"
     if not isinstance(value, list):
@@ -201,7 +262,7 @@ def _conditions(conditions: dict[str, Any]) -> str:
     said = []
     for key, unit in (("sm_clock_mhz", "MHz"), ("temperature_c", "C")):
         found = [place[key]["value"] for place in (conditions, before) if key in place]
-        said += [f"{value:.0f} {unit}" for value in found if value is not None][:1]
+        said += [f"{number(round(value))} {unit}" for value in found if value is not None][:1]
     if is_throttled(conditions):
         said.append(f"throttled: {number(conditions['throttle_reasons']['value'])}")
     return ", ".join(said) or "not read"
@@ -215,19 +276,19 @@ def text(x: Any) -> str:
 
 
 def short(x: Any) -> str:
-    """A cell of a wide table: four digits, a series its median, the reasons of nulls below the table."""
+    """A cell of a wide table: a series its median, the reasons of nulls below the table."""
     if is_plain(x):
         return inline(x)
     if is_series(x):
         x = x["median"]
-    return number(x["value"] if is_metric(x) else x, 4)
+    return number(x["value"] if is_metric(x) else x)
 
 
 def inline(group: dict[str, Any]) -> str:
     """A plain group on one line."""
 
     def cell(x: Any) -> str:
-        return f"{with_unit(x)} ({interval(x)})" if is_metric(x) and x.get("ci95") else with_unit(x)
+        return f"{with_unit(x)} ({interval(rescaled(x))})" if is_metric(x) and x.get("ci95") else with_unit(x)
 
     return "; ".join(f"{key}: {cell(value)}" for key, value in group.items())
 
@@ -237,7 +298,8 @@ def interval(figure: Metric) -> str:
 
 
 def with_unit(x: Any) -> str:
-    """A figure as text: its value with the unit, or ``null (reason)``."""
+    """A figure as text: its value with the unit that suits it, or ``null (reason)``."""
+    x = rescaled(x) if is_metric(x) else x
     unit = x.get("unit") if is_metric(x) and x["value"] is not None else None
     return f"{text(x)} {unit}" if unit else text(x)
 
@@ -246,7 +308,7 @@ def detail(x: Any) -> str:
     """Everything that a figure says about itself beside value, unit and reason."""
     if not is_metric(x):
         return ""
-    said = []
+    x, said = rescaled(x), []
     for key, value in x.items():
         if key == "ci95" and value:
             said.append(interval(x))

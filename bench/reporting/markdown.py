@@ -10,13 +10,13 @@ from .layout import Report
 def markdown(report: Report) -> str:
     """The whole report as text; it ends with the table of the summary."""
     lines = [f"# edgellm benchmark: {layout.subject(report)} on {layout.place(report)}"]
-    for warning in layout.warnings(report):
+    for warning in document.warnings(report):
         lines += ["", f"> **{_escape(warning)}**"]
     facts = document.Table(["Run", ""], [[key, value] for key, value in document.facts(report).items()])
     lines += write([facts, Paragraph(document.INTERVALS), *document.doctor(report)])
     for name, figures in report["parts"].items():
         lines += write([Heading(2, document.title(name)), *document.section(name, figures)])
-    summary = [[key, layout.text(figure)] for key, figure in report["summary"].items()]
+    summary = [[key, layout.with_unit(figure)] for key, figure in report["summary"].items()]
     lines += write([Heading(2, "Summary"), document.Table(["Metric", "Value"], summary)])
     return "\n".join(lines) + "\n"
 

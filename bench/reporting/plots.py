@@ -278,10 +278,6 @@ def _plain(axis: Any, minor: bool = False) -> None:
         axis.set_minor_formatter(NullFormatter())
 
 
-def _short_number(x: float) -> str:
-    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"
-
-
 # ---- distributions --------------------------------------------------------------------------------------------------
 
 
@@ -333,7 +329,7 @@ def _distribution(series: Mapping[str, Sequence[float]]) -> tuple[Figure, str]:
     below.set_xlim(start, end)
     _plain(below.xaxis)
     most = max(max(samples) for samples in series.values())
-    return figure, f" {beyond} samples lie beyond the axis, up to {_short_number(most)}." if beyond else ""
+    return figure, f" {beyond} samples lie beyond the axis, up to {layout.number(most)}." if beyond else ""
 
 
 def _token_latency(report: Report) -> _Drawn:
@@ -506,6 +502,7 @@ def _roofline(report: Report) -> _Drawn:
             axes.plot(
                 [p.intensity for p in some], [p.tera_ops for p in some], linestyle="", marker=_MARKERS[i],
                 color=_SERIES[i], markersize=4.5 if len(points) < 40 else 3, markeredgewidth=1,
+                zorder=3 - 0.5 * i,  # int8 above float where both lie in one place
                 markerfacecolor=_SERIES[i] if l2 == "cold" else "none", label=f"{activation}, {l2} L2",
             )  # fmt: skip
     shown = [p for p in points if (p.activation, p.l2) == ("int8", "cold")]
@@ -641,15 +638,28 @@ def _scaling(report: Report) -> _Drawn:
         _plain(axis)
     _legend(figure, ncols=2)
     slope = scaling.get("throughput_degradation_slope_pct_per_1k")
-    said = f"; each 1,024 tokens cost {slope['value']:.3g} %" if slope and slope["value"] is not None else ""
     return (
         figure,
         "greedy decoding, batch 1",
         (
-            f"Tokens a second of one sequence against the length of its context: {_short_number(y[0])} at {x[0]:,}, "
-            f"{_short_number(y[-1])} at {x[-1]:,}{said}."
+            f"Tokens a second of one sequence against the length of its context: {layout.number(y[0])} at {x[0]:,}, "
+            f"{layout.number(y[-1])} at {x[-1]:,}{_cost_of_context(slope)}."
         ),
     )
+
+
+def _cost_of_context(slope: Any) -> str:
+    """What 1,024 more tokens cost, with the interval; that it cannot be told where that includes zero."""
+    if not slope or slope["value"] is None:
+        return ""
+    cost = f"{layout.number(slope['value'], 3)} %"
+    if not slope.get("ci95"):
+        return f"; each 1,024 tokens cost {cost}"
+    low, high = slope["ci95"]
+    ends = f"95 % interval {layout.number(low, 3)} to {layout.number(high, 3)}"
+    if low <= 0 <= high:
+        return f"; no slope can be told: {cost} for each 1,024 tokens, {ends}, which includes 0"
+    return f"; each 1,024 tokens cost {cost} ({ends})"
 
 
 # ---- energy ---------------------------------------------------------------------------------------------------------
@@ -779,7 +789,7 @@ def _telemetry(report: Report) -> _Drawn:
 
 
 def _from_to(values: Sequence[float]) -> str:
-    return " to ".join(dict.fromkeys(map(_short_number, (min(values), max(values)))))
+    return " to ".join(dict.fromkeys(map(layout.number, (min(values), max(values)))))
 
 
 def _thinned(at: Sequence[float], values: Sequence[float], most: int = 400) -> tuple[np.ndarray, ...]:
@@ -798,7 +808,9 @@ def _kernels(report: Report) -> _Drawn:
     trace = kernels.get("trace")
     times = kernels.get("where_the_time_goes")
     kinds = layout.measured_rows(times.get("kernels")) if isinstance(times, dict) else []
+    overlap = ""
     if isinstance(trace, dict) and layout.measured_rows(trace.get("kernels")):
+        overlap = f" {layout.overlap(trace)}"
         rows = [
             (k["name"].removeprefix("edgellm_"), _of(k["us"]), None, _floor_of(k["name"], kinds), _of(k["launches"]))
             for k in trace["kernels"]
@@ -847,7 +859,7 @@ def _kernels(report: Report) -> _Drawn:
         how,
         (
             f"Share of each kernel in a token ({how}): "
-            f"{', '.join(f'{name} {100 * us / total:.1f} %' for name, us, *_ in rows[:4])}.{more}"
+            f"{', '.join(f'{name} {100 * us / total:.1f} %' for name, us, *_ in rows[:4])}.{more}{overlap}"
         ),
     )
 

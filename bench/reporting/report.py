@@ -28,7 +28,8 @@ report.json is one object:
     telemetry           null figure, or {every_s, power_sensor, series, parts}: what NVML said over the whole run.
                         series: name -> {unit, at_s, values}; parts: [{name, begin_s, end_s}]; seconds since the run
                         began (since 1.3)
-    stability           one line for each thing that made this run unstable, see :mod:`.stability` (since 1.3)
+    stability           one line for each kind of thing that made this run unstable, with every place,
+                        see :mod:`.stability` (since 1.3)
     summary             the keys of :data:`KEYS`, in that order, each one a figure
 
 A figure is ``{value, unit, ...}`` or ``{value: null, reason}`` (see :mod:`..metrics`). A row says under which

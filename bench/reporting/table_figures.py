@@ -210,10 +210,13 @@ THROTTLED_LINES = "*: the GPU held its clocks down in something that the line re
 
 
 def cell(figure: Metric | None) -> str:
-    """Four digits, ``null``, or nothing where a figure does not belong."""
+    """Four digits and their zeros, ``null``, or nothing where a figure does not belong."""
     if figure is None:
         return ""
-    return "null" if figure["value"] is None else f"{figure['value']:#.4g}".rstrip(".")
+    value = figure["value"]
+    if value is None or value >= 999.5:
+        return layout.number(value)
+    return f"{value:#.4g}".rstrip(".")
 
 
 def text(table: dict[str, Any], bandwidth: Metric | None = None) -> str:

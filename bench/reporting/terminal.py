@@ -23,11 +23,12 @@ def summary(report: Report) -> Group:
     table.add_column("unit", no_wrap=True)
     table.add_column("95 % interval", justify="right", style="dim", header_style="dim", no_wrap=True)
     rows = _products(report) | {key: shown[key] for key in _HEADLINES if key in shown}
+    rows = {key: layout.rescaled(figure) for key, figure in rows.items()}
     for (key, figure), interval in zip(rows.items(), _intervals(rows.values()), strict=True):
         table.add_row(key, layout.short(figure), figure.get("unit", ""), interval)
     return Group(
         Text(f"{layout.subject(report)} on {layout.place(report)}", style="bold"),
-        *(Text(warning, style="yellow") for warning in layout.warnings(report)),
+        *(Text(warning, style="yellow") for warning in document.warnings(report)),
         *((Text(""), table) if table.row_count else ()),
         Text(""),
         Text(f"{len(known)} of {len(report['summary'])} figures measured, the others are null with the reason."),

@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib")
 
 from edgellm_cupy.bench import suite
 from edgellm_cupy.bench.metrics import measured, missing
-from edgellm_cupy.bench.reporting import document, html, layout, plots, report
+from edgellm_cupy.bench.reporting import document, html, layout, plots, report, stability
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 REPORTS = ["h200/smollm-135m", "h200/table", "numpy/smollm-135m"]
@@ -148,7 +148,7 @@ def test_every_key_of_the_summary_is_there_with_value_or_reason(each):
     of, text = each
     said = visible(text)
     for key, figure in of["summary"].items():
-        value = layout.text(figure)
+        value = layout.with_unit(figure)
         assert f"{key}{value}" in said or f"{key} {value}" in said, key
 
 
@@ -196,7 +196,7 @@ def test_headlines_with_their_intervals(h200):
     low, high = rate["ci95"]
     assert f"Generation{rate['value']:,.0f} tok/s95 %: {low:,.0f} to {high:,.0f}context 68" in said
     low, high = energy["ci95"]
-    assert f"Energy a token, gross{energy['value']:.4g} J95 %: {low:.4g} to {high:.4g}context 1024" in said
+    assert f"Energy a token, gross{energy['value']:.4g} J95 %: {low:.4g} to {high:.4g}context 1,024" in said
 
 
 def test_the_sections_say_which_figures_are_null(changed):
@@ -216,10 +216,16 @@ def test_headlines_come_before_everything_and_warnings_stand_above_them(changed)
 
 
 def test_a_warning_for_what_made_the_run_unstable_and_for_rows_that_failed(changed):
-    changed["stability"] = ["a relative standard error above 2% was left in latency.qkv"]
+    rows = changed["parts"]["scaling"]["rows"]
+    for row, error in zip(rows, (0.03, 0.5, 0.25, 0.06, 0.07), strict=False):
+        row["latency"]["relative_error"] = error
     changed["errors"]["scaling/context 1024"] = {"reason": "RuntimeError: on fire", "traceback": ""}
     said = visible(page(changed))
-    assert "Unstable: a relative standard error above 2% was left in latency.qkv." in said
+    worst = "scaling context 1024, latency (50.0%); scaling context 2048, latency (25.0%); "
+    assert (
+        f"Unstable: a relative standard error above 2% was left in {worst}" in said
+    )  # said with names, the worst first
+    assert all(f"scaling.rows[{i}].latency" in stability.findings(changed)[0] for i in range(5))  # and none is lost
     assert "Row scaling/context 1024 failed: RuntimeError: on fire" in said
 
 
@@ -257,7 +263,9 @@ def test_everything_is_escaped(changed):
 
 def test_headlines_and_sections_say_what_ran_throttled(changed):
     table = visible(page(load("h200/table"))).partition("What was run")[0]
-    assert re.search(r"Rate over cuBLAS, 2,048 tokens\S+ x.*?throttled: 8 of 8", table)
+    assert re.search(r"Rate over cuBLAS, 2,048 tokens, int8\S+ x.*?throttled: 8 of 8", table)
+    assert table.count("the GPU held its clocks down") == 1  # said once, and of what
+    assert "during latency 2B4T qkv, N = 2048, int8; latency 2B4T qkv, N = 2048, float; " in table
     assert "throttled" not in visible(page(changed)).partition("What was run")[0]
     changed["parts"]["latency"]["products"]["qkv"]["rows"][0]["conditions"]["throttled"] = measured(True)
     changed["parts"]["scaling"]["rows"][2]["conditions"]["throttled"] = measured(True)
@@ -277,7 +285,7 @@ def test_random_keys_and_values_are_not_called_decoded(h200):
     assert "decoded" not in said[2].partition("What more context costs")[0]
     for row in rows:
         where = "beyond it" if row["synthetic"] else "within"
-        assert re.search(rf"{row['context']} ?{where} ?{row['tok_s']['value']:.4g}", said[2]), row["context"]
+        assert re.search(rf"{row['context']:,} ?{where} ?{row['tok_s']['value']:,.0f}", said[2]), row["context"]
     assert {row["synthetic"] for row in rows} == {True, False}
 
 
@@ -290,7 +298,7 @@ def test_conditions_say_when_and_what_was_throttled(changed):
     }
     row["conditions"]["temperature_c"] = measured(42.64, "C", min=42, max=43, n=9)
     said = visible(page(changed)).partition("Clocks and temperature")[2]
-    assert re.search(r"scaling context 2048 ?61\.25 ?62\.5 ?1980 ?3201 ?42\.64 \(42 to 43\) ?true ?SwPowerCap", said)
+    assert re.search(r"scaling context 2048 ?61\.25 ?62\.5 ?1,980 ?3,201 ?42\.64 \(42 to 43\) ?true ?SwPowerCap", said)
 
 
 def test_a_single_part(h200):
@@ -428,9 +436,13 @@ def test_a_click_on_a_heading_sorts_by_number(browser, h200, tmp_path):
     table = "section[aria-labelledby=context] table.sorts"
     cells = f"[...document.querySelector('{table}').tBodies[0].rows].map((r) => r.cells[2].textContent)"
     before = tab.evaluate(cells)
+
+    def value(cell: str) -> float:
+        return float(cell.replace(",", ""))
+
     tab.click(f"{table} thead th:nth-child(3) button")
-    assert tab.evaluate(cells) == sorted(before, key=float) != before
+    assert tab.evaluate(cells) == sorted(before, key=value) != before
     tab.click(f"{table} thead th:nth-child(3) button")
-    assert tab.evaluate(cells) == sorted(before, key=float, reverse=True)
+    assert tab.evaluate(cells) == sorted(before, key=value, reverse=True)
     assert tab.get_attribute(f"{table} thead th:nth-child(3)", "aria-sort") == "descending"
     tab.close()

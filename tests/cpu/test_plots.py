@@ -171,6 +171,21 @@ def test_scaling_marks_the_synthetic_region_and_draws_the_fit(h200, changed):
     assert labels(changed) == ["median, 95 % interval"]
 
 
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        (
+            [-18.7, 32.4],
+            "no slope can be told: 6.84 % for each 1,024 tokens, 95 % interval -18.7 to 32.4, which includes",
+        ),
+        ([5.0, 8.5], "each 1,024 tokens cost 6.84 % (95 % interval 5 to 8.5)."),
+    ],
+)
+def test_a_slope_has_its_interval_and_is_none_where_that_includes_zero(changed, ends, said):
+    changed["parts"]["scaling"]["throughput_degradation_slope_pct_per_1k"] = measured(6.84, "%", ci95=ends)
+    assert said in one(changed, "scaling").says
+
+
 def test_every_window_is_a_dot_and_net_leaves_out_idle(h200):
     axes = plots.draw(h200)["energy"].axes[0]
     token = h200["parts"]["power"]["token"]
@@ -231,6 +246,7 @@ def test_traced_kernels_take_the_floors_of_what_they_do(changed):
     both = kinds["qkv"]["floor_us"]["value"] + kinds["gate_up"]["floor_us"]["value"]
     assert floors == pytest.approx([both, kinds["attention_decode"]["floor_us"]["value"]])  # embed has none
     assert "GPU time, traced" in plot.says
+    assert "Kernels overlap: their times add up to 150.5 us." in plot.says
 
 
 def test_telemetry_keeps_its_extremes(changed):

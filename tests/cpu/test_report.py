@@ -176,11 +176,54 @@ def section(figures: dict, name: str = "kernels") -> str:
 
 
 def test_lists_of_flat_rows_become_tables():
-    row = {"name": "a", "grid": [7, 1, 1], "share_pct": measured(12.5, "%"), "flags": ["x", "y"], "deep": [{"b": 1}]}
-    text = section({"kernels": [{**row, "share_pct": missing("not in a token")}, row]})
-    assert "| name | grid | share_pct (%) | flags | deep |" in text
+    row = {"name": "a", "grid": [7, 1, 1], "measured_pct": measured(12.5, "%"), "flags": ["x", "y"], "deep": [{"b": 1}]}
+    text = section({"kernels": [{**row, "measured_pct": missing("not in a token")}, row]})
+    assert "| name | grid | measured_pct (%) | flags | deep |" in text
     assert "| a | 7 x 1 x 1 | 12.5 | x, y | 1 in report.json |" in text
     assert "null: not in a token" in text
+
+
+def test_a_share_says_of_what():
+    rows = [{"name": "a", "share_pct": 60.0, "us": measured(300.0, "us")}]
+    trace = {"gpu_busy_us": measured(200.0, "us"), "kernels": rows}
+    text = section({"launch_share": rows, "trace": trace})
+    assert "| name | % of launches | us (us) |" in text
+    assert "| name | % of summed time | us (us) |" in text
+    assert "their times add up to 300 us, but the GPU is busy for 200 us of a token only." in text
+
+
+def test_costs_of_a_token_need_not_add_up_and_may_be_negative():
+    times = {"meaning": "the times do not add up", "sum_us": measured(343.86, "us"), "token_us": measured(343.38, "us")}
+    text = section({"where_the_time_goes": times})
+    assert "do not add up" not in text
+    assert "add up to 343.9 us, the token takes 343.4 us" in text
+    assert "Below 0: the token takes longer without these launches" in text
+
+
+@pytest.mark.parametrize(
+    ("figure", "said"),
+    [
+        (measured(6.7077e-05, "J", ci95=[6.5e-05, 6.9e-05]), "67.08 uJ | interval 65 to 69 |"),
+        (measured(2.1984e-06, "ms^2"), "2.198 us^2 |"),
+        (measured(0.0034567, "s"), "3.457 ms |"),
+        (measured(0.06386, "J"), "0.06386 J |"),
+        (measured(27164160, "bytes"), "25.91 MiB |"),
+        (measured(1000, "bytes"), "1,000 bytes |"),
+        (measured(143771, "MiB"), "143,771 MiB |"),
+        (measured(90976.4, "tok/s"), "90,976 tok/s |"),
+        (measured(999.7, "W"), "1,000 W |"),
+        (measured(0, "J"), "0 J |"),
+        (measured(True), "true |"),
+    ],
+)
+def test_numbers_are_short_and_in_a_unit_that_suits_them(figure, said):
+    assert f"| x | {said}" in section({"x": figure})
+
+
+def test_a_column_has_one_unit():
+    text = section({"rows": [{"energy": measured(x, "J"), "n": 2048} for x in (2e-4, 3e-4, 0.2)]})
+    assert "| energy (uJ) | n |" in text
+    assert [f"| {x} | 2,048 |" in text for x in ("200", "300", "200,000")] == [True] * 3
 
 
 def test_no_cell_is_a_python_object(whole):
@@ -202,7 +245,7 @@ def test_windows_of_power_are_the_rows_of_one_table():
     text = section({"idle": window, "token": {"gross_j": measured(1.0, "J"), "windows": [window, window]}}, "power")
     assert "| token | gross_j: 1 J |  |" in text
     assert "| window | joules (J) | conditions |" in text
-    cells = "2 | sm_clock_mhz: 1500 MHz; throttle_reasons: SwPowerCap; throttled: true |"
+    cells = "2 | sm_clock_mhz: 1,500 MHz; throttle_reasons: SwPowerCap; throttled: true |"
     assert [f"| {place} | {cells}" in text for place in ("idle", "token windows 1", "token windows 2")] == [True] * 3
 
 
@@ -213,8 +256,8 @@ def test_conditions_of_a_row_are_one_short_cell():
     cool = {"throttle_reasons": measured([]), "throttled": measured(False)}
     rows = [{"a": 1, "conditions": {**during, **state}} for state in (hot, cool)]
     text = section({"rows": rows})
-    assert "| 1 | 1500 MHz, 41 C, throttled: SwPowerCap |" in text
-    assert "| 1 | 1500 MHz, 41 C |" in text
+    assert "| 1 | 1,500 MHz, 41 C, throttled: SwPowerCap |" in text
+    assert "| 1 | 1,500 MHz, 41 C |" in text
     assert "{'" not in text
     assert "2 in report.json" in section({"rows": [{"a": [{"b": 1}, {"c": {"d": 2}}]}]})
 
@@ -254,7 +297,7 @@ def latency_on_a_gpu(throttled: bool) -> dict:
 
 @pytest.mark.parametrize("throttled", [False, True])
 def test_products_show_their_ratios_and_what_ran_throttled(whole, throttled):
-    changed = {**whole, "parts": {**whole["parts"], "latency": latency_on_a_gpu(throttled)}}
+    changed = {**whole, "no_gpu": None, "parts": {"latency": latency_on_a_gpu(throttled)}}
     text = report.markdown(changed)
     mark = " **throttled**" if throttled else ""
     fused = (
@@ -265,7 +308,9 @@ def test_products_show_their_ratios_and_what_ran_throttled(whole, throttled):
     assert alone in text
     assert "x vs cuBLAS | x vs unfused | / floor | GB/s cold | % bandwidth cold" in text
     assert "| qkv | 8 x 4 | 2 | 1.6 | 7.5 | null |" in text
-    assert ("latency (2). They are marked." in text.partition("## ")[0]) == throttled
+    names = [f"latency qkv, {op} int8" for op in ("rmsnorm_ternary_matmul", "ternary_matmul")]
+    said = f"the GPU held its clocks down during {'; '.join(names)}. They are marked."
+    assert text.partition("## ")[0].count(said) == throttled
     assert ("\n**throttled**: " in text) == throttled
 
 
@@ -300,7 +345,7 @@ def test_statistics_of_the_main_series_only(whole):
     rows = [line for line in text.splitlines() if " fused int8, " in line]
     assert len(rows) == len(whole["parts"]["latency"]["products"])  # on NumPy each has one series
     assert "| token latency | ms |" in text
-    assert "| token latency at context 16384 | ms |" in text
+    assert "| token latency at context 16,384 | ms |" in text
     assert text.count("### Statistics") == 3
     assert "median |" not in text
 
