@@ -309,7 +309,7 @@ def test_costs_are_differences_of_neighbours_in_time():
     assert b["gap_us"] == {"value": None, "unit": "us", "reason": "no bandwidth"}
     assert "too few bytes" in last["floor_us"]["reason"]
     assert (figures["token_us"]["value"], figures["sum_us"]["value"]) == (104.5, 67)
-    assert "do not add up" in figures["meaning"]
+    assert "need not add up" in figures["meaning"]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
