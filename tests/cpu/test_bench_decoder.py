@@ -29,7 +29,7 @@ from edgellm_cupy.model import decoder
 from edgellm_cupy.ops import enqueue
 from edgellm_cupy.tuning.decoder import decoder_specs
 from edgellm_cupy.tuning.product import norm_spec
-from tests.emulated import GPUS, emulated_gpu
+from tests.emulated import GPUS, emulated_gpu, new_emulator
 from tests.emulator import Emulator
 
 CONFIG = ec.ModelConfig("tiny", 2, 64, 96, 4, 2, 16, 256, max_context=128)
@@ -445,7 +445,7 @@ def failures_of(emulator, monkeypatch, case, config=CONFIG):
 
 @pytest.fixture(scope="module")
 def emulator() -> Emulator:
-    return Emulator()
+    return new_emulator()
 
 
 @pytest.mark.parametrize("case", [c for c in verify.DECODER_CASES if c.dtype != "float32"][1::2], ids=str)

@@ -11,7 +11,7 @@ import edgellm_cupy as ec
 from edgellm_cupy import Sampling
 from edgellm_cupy.formats.checkpoint import Checkpoint, Layers
 from edgellm_cupy.formats.rotary import RopeScaling
-from tests.emulated import GPUS, H200, TINY, emulated_gpu
+from tests.emulated import GPUS, H200, TINY, emulated_gpu, new_emulator
 from tests.emulator import Emulator
 
 # No size is a multiple of what a kernel takes at a time, and no two are equal.
@@ -46,7 +46,7 @@ PROMPTS = [[3, 7, 200, 11, 5], [9, 9, 0, 202, 1]]
 
 @pytest.fixture(scope="module")
 def emulator() -> Emulator:
-    return Emulator()
+    return new_emulator()
 
 
 def pair(emulator, config, facts=H200, seed=3, rows="float16", activation="float", dtype="float32", head="auto"):

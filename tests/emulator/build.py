@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -163,9 +164,10 @@ def cache_folder() -> Path:
 
 def build_kernels(kernels: Sequence[Kernel], per_file: int, jobs: int) -> dict[str, Library]:
     """Compiles what the cache lacks, `per_file` specialisations a g++ run; returns each name's library."""
+    paths = {kernel.name: path for kernel in kernels if (path := _kept_in(kernel).resolve()).exists()}
     groups: list[list[Kernel]] = []
     by_source: dict[str, list[Kernel]] = {}
-    for kernel in sorted(kernels, key=lambda k: k.name):
+    for kernel in sorted((k for k in kernels if k.name not in paths), key=lambda k: k.name):
         by_source.setdefault(kernel.source, []).append(kernel)
     small: list[Kernel] = []  # few specialisations of a file: share an object with those of other files
     for same in by_source.values():
@@ -174,11 +176,29 @@ def build_kernels(kernels: Sequence[Kernel], per_file: int, jobs: int) -> dict[s
         small += same[whole:]
     groups += [small[i : i + per_file] for i in range(0, len(small), per_file)]
 
-    texts = [_translation_unit(group) for group in groups]
+    def build(group: list[Kernel]) -> Path:
+        return _compile(_translation_unit(group), KERNEL_FLAGS, _header_hash())
+
     with ThreadPoolExecutor(max_workers=jobs) as pool:
-        paths = list(pool.map(lambda text: _compile(text, KERNEL_FLAGS, _header_hash()), texts))
-    libraries = [Library(path) for path in paths]
-    return {kernel.name: library for group, library in zip(groups, libraries, strict=True) for kernel in group}
+        for group, path in zip(groups, pool.map(build, groups), strict=True):
+            for kernel in group:
+                _link(_kept_in(kernel), path)
+                paths[kernel.name] = path
+    libraries = {path: Library(path) for path in set(paths.values())}
+    return {name: libraries[path] for name, path in paths.items()}
+
+
+def _kept_in(kernel: Kernel) -> Path:
+    """A link in the cache to the shared object that holds the kernel, whichever others were compiled with it."""
+    key = "\0".join([kernel.source, kernel.text(), _header_hash(), " ".join(KERNEL_FLAGS), _compiler_version()])
+    return cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.kernel"
+
+
+def _link(link: Path, target: Path) -> None:
+    """Another process may do the same at this moment."""
+    new = link.with_name(f"{link.name}.{os.getpid()}.{threading.get_ident()}")
+    new.symlink_to(target.name)
+    os.replace(new, link)
 
 
 def build_runtime() -> Path:
