@@ -20,6 +20,7 @@ import numpy as np
 
 import edgellm_cupy as ec
 
+from ..exit_codes import EXIT_DONE, EXIT_INTERRUPTED, EXIT_PARTIAL, EXIT_UNSTABLE, EXIT_WRONG_RESULT
 from ..formats.checkpoint import Checkpoint
 from ..version import __version__
 from . import journal
@@ -42,8 +43,6 @@ from .parts import (
     utilisation,
 )
 from .reporting import report, stability
-
-EXIT_DONE, EXIT_WRONG_RESULT, EXIT_UNSTABLE, EXIT_PARTIAL, EXIT_INTERRUPTED = 0, 4, 5, 6, 130
 
 
 class Part(NamedTuple):

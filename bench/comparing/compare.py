@@ -29,14 +29,13 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ArgumentValueError, EdgeLLMError
+from ...exit_codes import EXIT_DONE, EXIT_REGRESSION
 from ..metrics import is_metric
 from ..reporting import report
 from ..reporting.document import warnings
 from . import imports, verdict
 from .comparison_text import markdown, terminal
 from .rows import METRICS, WORK, YARDSTICKS, Row, rows_of
-
-EXIT_DONE, EXIT_REGRESSION = 0, 1
 
 __all__ = ["Comparison", "compare", "markdown", "parse_fail", "terminal", "to_json"]
 

@@ -290,7 +290,7 @@ def _prompt(entry: dict[str, Any], numpy: bool, shortest: float | None) -> dict[
     the whole of that one, and so end long before the GPU does.
     """
     ms = _dict_value(_dict(entry["latency"]).get("median"))
-    on_gpu = not numpy and None not in (ms, shortest) and ms > 2 * shortest  # type: ignore[operator]
+    on_gpu = not numpy and ms is not None and shortest is not None and ms > 2 * shortest
     return {"per": 1e3 * entry["tokens"], "rate": entry.get("tok_s"), "pace": "gpu" if on_gpu else "host"}
 
 

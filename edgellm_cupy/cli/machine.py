@@ -9,8 +9,9 @@ import typer
 
 from .. import runtime
 from ..errors import ArgumentValueError, GpuUnavailableError
+from ..exit_codes import EXIT_UNSTABLE, EXIT_WRONG_RESULT
 from .options import Activation, Dtype, JsonOption, ModelOption, Shapes, config_of, numbers
-from .output import EXIT_UNSTABLE, EXIT_WRONG_RESULT, exit_codes, rendered, say, show, status
+from .output import exit_codes, rendered, say, show, status
 
 
 @exit_codes()

@@ -20,9 +20,7 @@ from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 from ..errors import EdgeLLMError, GpuUnavailableError
-
-EXIT_USAGE, EXIT_NO_GPU, EXIT_WRONG_RESULT, EXIT_UNSTABLE = 2, 3, 4, 5  # 1: see bench.comparing.compare
-EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143  # 128 and the signal's number, as shells have it
+from ..exit_codes import EXIT_INTERRUPTED, EXIT_NO_GPU, EXIT_TERMINATED, EXIT_USAGE
 
 WIDTH = 80
 """Columns that every table fits into."""
